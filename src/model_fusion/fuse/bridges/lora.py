@@ -1,0 +1,150 @@
+"""`lora` (LoRA fusion): features become tokens, and LoRA on the attention projections (through peft) adapts the
+LLM to read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from model_fusion.errors import InputError, MissingDependencyError
+from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, flat
+from model_fusion.fuse.bridges.prefix import SoftTokens
+
+ATTENTION = re.compile(r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|c_attn|qkv_proj|query_key_value)$")
+
+
+@dataclass(frozen=True)
+class Lora(BridgeConfig):
+    """`tokens` soft tokens and rank-`rank` LoRA (scale alpha / rank) on the attention projections `targets`
+    (empty: the query and value projections, or the joint one where they are stored as one)."""
+
+    kind: ClassVar[str] = "lora"
+    tokens: int = 4
+    width: int = 256
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+    def build(self, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> LoraBridge:
+        if self.rank < 1 or self.tokens < 1:
+            raise InputError(f"lora: rank and tokens must be at least 1, got {self.rank} and {self.tokens}")
+        return LoraBridge(self, base, experts)
+
+
+class LoraBridge(Bridge):
+    kind = "lora"
+
+    def __init__(self, config: Lora, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__(base, experts)
+        self.config = config
+        self.soft = nn.ModuleDict(
+            {name: SoftTokens(t * d, config.tokens, config.width, base) for name, (t, d) in experts.items()}
+        )
+
+    def slots(self, expert: str) -> int:
+        return self.config.tokens
+
+    def embed(self, expert: str, values: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.soft[expert](flat(values, mask))
+        return out
+
+    def attach(self, model: nn.Module, name: str) -> None:
+        peft = _peft()
+        peft.inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
+        # peft trains every adapter it injects in the base's dtype: bridges train in float32.
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key and "lora_" in key:
+                parameter.data = parameter.data.float()
+
+    def detach(self, model: nn.Module, name: str) -> None:
+        for layer in _lora_layers(model):
+            if name in layer.lora_A:
+                layer.delete_adapter(name)
+
+    def set_enabled(self, model: nn.Module, name: str, enabled: bool) -> None:
+        for layer in _lora_layers(model):
+            if enabled and name in layer.lora_A:
+                layer.set_adapter([name])
+                layer.enable_adapters(True)
+            else:
+                layer.enable_adapters(False)
+        for parameter in self.trainable_parameters(model):
+            parameter.requires_grad_(True)
+
+    def trainable_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        name = self._adapter_name(model)
+        inside = [p for key, p in model.named_parameters() if name and f".{name}." in key and "lora_" in key]
+        return [*self.parameters(), *inside]
+
+    def save_extra(self, model: nn.Module, name: str, folder: Path) -> list[str]:
+        from safetensors.torch import save_file
+
+        peft = _peft()
+        target = folder / "adapter"
+        target.mkdir(parents=True, exist_ok=True)
+        self._peft_config(model).save_pretrained(target)
+        prefix = "base_model.model."
+        tensors = peft.get_peft_model_state_dict(model, self._state(model), adapter_name=name)
+        save_file({prefix + k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "adapter_model.safetensors")
+        return ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+
+    def load_extra(self, model: nn.Module, name: str, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        own = {key: p for key, p in model.named_parameters() if f".{name}." in key and "lora_" in key}
+        wanted = {key.replace(f".{name}.", "."): key for key in own}
+        stored = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
+        if set(stored) != set(wanted) or any(own[wanted[k]].shape != v.shape for k, v in stored.items()):
+            raise InputError(f"{folder / 'adapter'}: the LoRA adapter does not fit this base LLM")
+        for key, value in stored.items():
+            own[wanted[key]].data.copy_(value)
+
+    def remember(self, name: str) -> None:
+        """The adapter name this bridge was attached under."""
+        self._name = name
+
+    def _adapter_name(self, model: nn.Module) -> str | None:
+        return getattr(self, "_name", None)
+
+    def _state(self, model: nn.Module) -> dict[str, Tensor]:
+        return dict(model.state_dict())
+
+    def _peft_config(self, model: nn.Module) -> Any:
+        peft = _peft()
+        targets = list(self.config.targets) or _default_targets(model)
+        return peft.LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            target_modules=targets,
+            fan_in_fan_out=any(t == "c_attn" for t in targets),
+            task_type="CAUSAL_LM",
+        )
+
+
+def _default_targets(model: nn.Module) -> list[str]:
+    found = {match.group(1) for name, _ in model.named_modules() if (match := ATTENTION.search(name.replace(".base_layer", "")))}
+    separate = sorted(found & {"q_proj", "v_proj"})
+    targets = separate or sorted(found - {"k_proj", "o_proj"})
+    if not targets:
+        raise InputError("lora: no attention projection found by name in this LLM; set `targets` in the bridge")
+    return targets
+
+
+def _lora_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError("the lora bridge needs peft: pip install 'model-fusion[fuse]'") from None
+    return peft
