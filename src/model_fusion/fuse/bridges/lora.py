@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from model_fusion.errors import InputError, MissingDependencyError
+from model_fusion.errors import InputError, IntegrityError, MissingDependencyError
 from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, flat
 from model_fusion.fuse.bridges.prefix import SoftTokens
 
@@ -42,6 +42,7 @@ class LoraBridge(Bridge):
     def __init__(self, config: Lora, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(base, experts)
         self.config = config
+        self.adapter = ""
         self.soft = nn.ModuleDict(
             {name: SoftTokens(t * d, config.tokens, config.width, base) for name, (t, d) in experts.items()}
         )
@@ -54,12 +55,11 @@ class LoraBridge(Bridge):
         return out
 
     def attach(self, model: nn.Module, name: str) -> None:
-        peft = _peft()
-        peft.inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
-        # peft trains every adapter it injects in the base's dtype: bridges train in float32.
-        for key, parameter in model.named_parameters():
-            if f".{name}." in key and "lora_" in key:
-                parameter.data = parameter.data.float()
+        self.adapter = name
+        _peft().inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
+        # peft makes an adapter in the base's dtype: bridges train in float32.
+        for parameter in self._inside(model).values():
+            parameter.data = parameter.data.float()
 
     def detach(self, model: nn.Module, name: str) -> None:
         for layer in _lora_layers(model):
@@ -70,50 +70,39 @@ class LoraBridge(Bridge):
         for layer in _lora_layers(model):
             if enabled and name in layer.lora_A:
                 layer.set_adapter([name])
-                layer.enable_adapters(True)
-            else:
-                layer.enable_adapters(False)
-        for parameter in self.trainable_parameters(model):
+            layer.enable_adapters(enabled and name in layer.lora_A)
+        for parameter in self._inside(model).values():
             parameter.requires_grad_(True)
 
     def trainable_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        name = self._adapter_name(model)
-        inside = [p for key, p in model.named_parameters() if name and f".{name}." in key and "lora_" in key]
-        return [*self.parameters(), *inside]
+        return [*self.parameters(), *self._inside(model).values()]
 
     def save_extra(self, model: nn.Module, name: str, folder: Path) -> list[str]:
         from safetensors.torch import save_file
 
-        peft = _peft()
         target = folder / "adapter"
         target.mkdir(parents=True, exist_ok=True)
         self._peft_config(model).save_pretrained(target)
-        prefix = "base_model.model."
-        tensors = peft.get_peft_model_state_dict(model, self._state(model), adapter_name=name)
-        save_file({prefix + k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / "adapter_model.safetensors")
+        tensors = {key: p.detach().cpu().contiguous() for key, p in self._inside(model).items()}
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         return ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
     def load_extra(self, model: nn.Module, name: str, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-        own = {key: p for key, p in model.named_parameters() if f".{name}." in key and "lora_" in key}
-        wanted = {key.replace(f".{name}.", "."): key for key in own}
-        stored = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
-        if set(stored) != set(wanted) or any(own[wanted[k]].shape != v.shape for k, v in stored.items()):
-            raise InputError(f"{folder / 'adapter'}: the LoRA adapter does not fit this base LLM")
+        stored, own = load_file(folder / "adapter" / "adapter_model.safetensors"), self._inside(model)
+        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in own.items()}:
+            raise IntegrityError(f"{folder / 'adapter'}: the LoRA adapter does not fit this base LLM")
         for key, value in stored.items():
-            own[wanted[key]].data.copy_(value)
+            own[key].data.copy_(value)
 
-    def remember(self, name: str) -> None:
-        """The adapter name this bridge was attached under."""
-        self._name = name
-
-    def _adapter_name(self, model: nn.Module) -> str | None:
-        return getattr(self, "_name", None)
-
-    def _state(self, model: nn.Module) -> dict[str, Tensor]:
-        return dict(model.state_dict())
+    def _inside(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """This adapter's parameters inside the LLM, under the names that peft's own files use."""
+        return {
+            "base_model.model." + key.replace(f".{self.adapter}.", "."): parameter
+            for key, parameter in model.named_parameters()
+            if "lora_" in key and f".{self.adapter}." in key
+        }
 
     def _peft_config(self, model: nn.Module) -> Any:
         peft = _peft()

@@ -1,0 +1,371 @@
+"""The fused model: a frozen (or LoRA-adapted) causal LM that reads experts through a bridge and answers in words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from model_fusion.checkpoint.llm import DEFAULT_LLM, LLMSource, load_llm, resolve_llm
+from model_fusion.errors import InputError
+from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, Logit, Signal, bridge_config
+from model_fusion.fuse.bridges.untrained import AnswerBias
+from model_fusion.fuse.config import FusedConfig
+from model_fusion.fuse.experts.base import ClassDecision, Expert
+from model_fusion.fuse.normalise import Normaliser
+from model_fusion.fuse.placeholders import reserve_ids
+from model_fusion.fuse.precision import fastest_dtype
+from model_fusion.fuse.processor import FusedProcessor, Messages
+from model_fusion.fuse.wire import Wire, started
+
+
+class Fusion(nn.Module):
+    """One bridge with the normalisers it was trained behind. Several can be held for one base."""
+
+    def __init__(self, config: BridgeConfig, shape: LLMShape, experts: Mapping[str, Expert]) -> None:
+        super().__init__()
+        self.config = config
+        sizes = {name: tuple(expert.feature_shape) for name, expert in experts.items()}
+        self.bridge: Bridge = config.build(shape, sizes)
+        self.normalisers = nn.ModuleDict({name: Normaliser(d) for name, (_, d) in sizes.items()})
+
+
+class FusedModel(PreTrainedModel, GenerationMixin):
+    """`forward(input_ids, attention_mask, labels, expert_features, expert_mask, expert_index)`; `generate` as usual.
+
+    Build with `FusedModel.build`, train with `fit` (or any Trainer), ask with `answer` or `generate`.
+    """
+
+    config_class = FusedConfig
+    main_input_name = "input_ids"
+    base_model_prefix = "base"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, base: Any, tokenizer: Any, experts: Mapping[str, Expert], source: LLMSource) -> None:
+        attention = base.config._attn_implementation
+        super().__init__(FusedConfig(text_config=base.config, attn_implementation=attention))
+        base.config._attn_implementation = attention  # PreTrainedModel resets it in every config it holds
+        self.base = base.requires_grad_(False).eval()
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.tokenizer, self.experts, self.source = tokenizer, dict(experts), source
+        embeddings = base.get_input_embeddings().weight
+        self.reserved = dict(zip(experts, reserve_ids(tokenizer, len(embeddings), len(experts)), strict=True))
+        self.fusions = nn.ModuleDict()
+        self.active = ""
+        self.enabled = True
+        self.wire = Wire(base)
+        self._recomputes = False
+
+    @classmethod
+    def build(
+        cls,
+        base: str | Path | PreTrainedModel = DEFAULT_LLM,
+        *,
+        experts: Mapping[str, Expert],
+        bridge: str | dict[str, Any] | BridgeConfig = "prefix",
+        tokenizer: Any = None,
+        dtype: torch.dtype | str = "auto",
+        seed: int = 0,
+        **options: Any,
+    ) -> FusedModel:
+        """A fused model with a fresh bridge. `base`: an embedded name, hub id, folder, GGUF file, or a loaded
+        model (then with its `tokenizer`). dtype "auto" measures float32 against bfloat16 on the CPU and takes the
+        faster. `options` (`device_map`, `quantization_config` …) go to transformers. Raises InputError."""
+        if not experts:
+            raise InputError("no expert was given: a fusion needs at least one")
+        for name in experts:
+            if not name.replace("_", "").replace("-", "").isalnum() or name[0].isdigit():
+                raise InputError(f"expert name {name!r}: use letters, digits, '_' and '-', not starting with a digit")
+        if isinstance(base, (str, Path)):
+            source = resolve_llm(base)
+            on_cpu = "device_map" not in options and "quantization_config" not in options
+            chosen = fastest_dtype() if dtype == "auto" and on_cpu else dtype
+            base, tokenizer = load_llm(source, dtype=chosen, **options)
+        else:
+            if tokenizer is None:
+                raise InputError("a loaded base model needs its tokenizer: build(model, tokenizer=…)")
+            source = LLMSource(str(getattr(base.config, "_name_or_path", "") or "given"), "", "")
+        fused = cls(base, tokenizer, experts, source)
+        fused.add_bridge("default", bridge, seed=seed)
+        return fused
+
+    # ---- bridges -------------------------------------------------------------------------------------------
+
+    def add_bridge(self, name: str, bridge: str | dict[str, Any] | BridgeConfig, *, seed: int = 0) -> None:
+        """Add a fresh bridge beside the others and switch to it."""
+        if name in self.fusions:
+            raise InputError(f"a bridge called {name!r} exists already; remove it first or choose another name")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fusion = Fusion(bridge_config(bridge), self._shape(), self.experts)
+            fusion.bridge.attach(self.base, name)
+        fusion.to(self.base.get_input_embeddings().weight.device)
+        self.fusions[name] = fusion
+        self.set_bridge(name)
+
+    def set_bridge(self, name: str) -> None:
+        """Switch to the bridge called `name`."""
+        if name not in self.fusions:
+            raise InputError(f"no bridge called {name!r}; loaded: {', '.join(self.fusions)}")
+        if self.active in self.fusions:
+            self.bridge.set_enabled(self.base, self.active, False)
+        self.active = name
+        self.bridge.set_enabled(self.base, name, self.enabled)
+
+    def remove_bridge(self, name: str) -> None:
+        """Forget a bridge that is not the active one."""
+        if name == self.active:
+            raise InputError(f"bridge {name!r} is active: switch to another first")
+        self._fusion(name).bridge.detach(self.base, name)
+        del self.fusions[name]
+
+    @contextmanager
+    def bridge_off(self) -> Iterator[None]:
+        """While inside, the LLM is the plain base: no hook acts, no adapter is on."""
+        before, self.enabled = self.enabled, False
+        self.bridge.set_enabled(self.base, self.active, False)
+        try:
+            yield
+        finally:
+            self.enabled = before
+            self.bridge.set_enabled(self.base, self.active, before)
+
+    @property
+    def bridge(self) -> Bridge:
+        return self._fusion(self.active).bridge
+
+    @property
+    def normalisers(self) -> nn.ModuleDict:
+        return self._fusion(self.active).normalisers
+
+    @property
+    def processor(self) -> FusedProcessor:
+        return FusedProcessor(self.tokenizer, self.experts, self.bridge, self.reserved)
+
+    def with_experts(self, experts: Mapping[str, Expert]) -> FusedModel:
+        """The same trained bridge and normaliser reading other experts; nothing is retrained or copied."""
+        for name, expert in experts.items():
+            if name not in self.experts:
+                raise InputError(f"unknown expert {name!r}; this fusion has {', '.join(self.experts)}")
+            if tuple(expert.feature_shape) != tuple(self.experts[name].feature_shape):
+                raise InputError(
+                    f"expert {name!r} has features {list(expert.feature_shape)}, "
+                    f"the bridge was made for {list(self.experts[name].feature_shape)}"
+                )
+        other = copy.copy(self)
+        other.experts = {**self.experts, **experts}
+        return other
+
+    def _fusion(self, name: str) -> Fusion:
+        fusion = self.fusions[name]
+        assert isinstance(fusion, Fusion)
+        return fusion
+
+    def _shape(self) -> LLMShape:
+        text = self.config.get_text_config()
+        weight = self.base.get_input_embeddings().weight.detach()[: len(self.tokenizer)].float()
+        # What the embedding module returns may be scaled (Gemma): measure its output, not its weights.
+        probe = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+        out = self.base.get_input_embeddings()(probe).detach().float().norm()
+        scale = float(out / weight[0].norm().clamp(min=1e-9)) if weight[0].norm() > 0 else 1.0
+        rms, mean = float(weight.pow(2).mean().sqrt()) * scale, weight.mean(0).cpu() * scale
+        return LLMShape(text.hidden_size, text.num_hidden_layers, rms, mean)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The active bridge's parameters, adapters included. The base has none."""
+        return self.bridge.trainable_parameters(self.base)
+
+    # ---- the forward pass ----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        expert_features: Tensor | None = None,
+        expert_mask: Tensor | None = None,
+        expert_index: Tensor | None = None,
+        expert_active: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (and the loss over `labels`, -100 ignored) for a batch of B rows of Q ids.
+
+        expert_features float32 [B, O, T, D] un-normalised, expert_mask bool [B, O, T], expert_index int64 [B, O]
+        (which expert, -1 for none): as the processor makes them. expert_active bool [B, Q, O]: which occurrences
+        stand at or before each position; derived from `input_ids` when absent.
+        """
+        signal, rows = self._signal(input_ids, expert_features, expert_mask, expert_index, expert_active, kwargs)
+        recomputes = torch.is_grad_enabled() and self._recomputes
+        with self.wire.send(self.bridge if signal is not None else None, signal, rows, keep=recomputes):
+            out = self.base(input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
+        loss = None if labels is None else answer_loss(out.logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=out.logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    def _signal(
+        self,
+        ids: Tensor | None,
+        features: Tensor | None,
+        mask: Tensor | None,
+        index: Tensor | None,
+        active: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Signal | None, list[tuple[Tensor, Tensor]]]:
+        if features is None or not self.enabled:
+            return None, []
+        if ids is None or index is None or mask is None:
+            raise InputError("expert_features need input_ids, expert_mask and expert_index, as the processor makes them")
+        bridge = self.bridge
+        values = torch.zeros_like(features, dtype=torch.float32)
+        for number, (name, expert) in enumerate(self.experts.items()):
+            d = expert.feature_shape[1]
+            normalised = torch.zeros_like(values)
+            normalised[..., :d] = self.normalisers[name](features[..., :d])
+            mine = (index == number)[..., None, None] & mask[..., None]
+            values = torch.where(mine, normalised, values)
+        if active is None:
+            past = kwargs.get("past_key_values")
+            active = self._active(ids, index)
+            if past is not None and past.get_seq_length() and not self._is_placeholder(ids).any():
+                active = (index >= 0)[:, None].expand(-1, ids.shape[1], -1)
+        return Signal(values, mask, index, active), self._rows(ids, values, mask, index)
+
+    def _rows(self, ids: Tensor, values: Tensor, mask: Tensor, index: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the embedding's output is overwritten with: for each expert, where, and the rows in reading order."""
+        rows = []
+        for number, (name, expert) in enumerate(self.experts.items()):
+            where, mine = ids == self.reserved[name], index == number
+            if not where.any():
+                continue
+            found, expected = where.sum(1), mine.sum(1) * self.bridge.slots(name)
+            if not torch.equal(found, expected):
+                row = int((found != expected).nonzero()[0])
+                raise InputError(
+                    f"row {row} has {int(found[row])} reserved ids for expert {name!r} but features for "
+                    f"{int(expected[row])}: build the inputs with the model's processor"
+                )
+            t, d = expert.feature_shape
+            rows.append((where, self.bridge.embed(name, values[mine][:, :t, :d], mask[mine][:, :t])))
+        return rows
+
+    def _active(self, ids: Tensor, index: Tensor) -> Tensor:
+        return started(ids, index, list(self.reserved.values()), [self.bridge.slots(name) for name in self.experts])
+
+    def _is_placeholder(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(list(self.reserved.values()), device=ids.device))
+
+    # ---- generation ----------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Adds which occurrences are active at the positions being computed, from the whole row's ids."""
+        model_inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        index = kwargs.get("expert_index")
+        if index is not None:
+            width = model_inputs["input_ids"].shape[1]
+            model_inputs["expert_active"] = self._active(input_ids, index)[:, -width:]
+        return model_inputs
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        found: LogitsProcessorList = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # A reserved id has a meaning only in a prompt.
+        found.append(SuppressTokensLogitsProcessor(list(self.reserved.values()), device=self.device))
+        return found
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prompts: Sequence[str | Messages],
+        inputs: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        max_new_tokens: int = 16,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> list[str]:
+        """Answers in words, greedy unless `options` (as `generate` takes them) say otherwise."""
+        processor = self.processor
+        rows = processor.encode(prompts, inputs)
+        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        if not settings["do_sample"]:
+            settings |= {"temperature": None, "top_p": None, "top_k": None}
+        bias = self._answer_bias(rows_inputs=inputs, count=len(rows))
+        texts: list[str] = []
+        for start in range(0, len(rows), batch_size):
+            batch = {k: v.to(self.device) for k, v in processor.collate(rows[start : start + batch_size], left=True).items()}
+            length = batch["input_ids"].shape[1]
+            extra = {"logits_processor": LogitsProcessorList([bias(start, start + batch_size, length)])} if bias else {}
+            out = self.generate(**batch, **settings, **extra)
+            texts += self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, count: int) -> Any:
+        """For the `logit` bridge: a maker of logits processors for rows [start, stop)."""
+        config = self._fusion(self.active).config
+        if not isinstance(config, Logit) or rows_inputs is None or not self.enabled:
+            return None
+        if len(self.experts) != 1:
+            raise InputError("the logit bridge answers for one expert; this model has several")
+        (name, expert), processor = next(iter(self.experts.items())), self.processor
+        have = [row for row in range(count) if name in rows_inputs[row]]
+        if not have:
+            return None
+        decision = expert.decide([rows_inputs[row][name] for row in have])
+        if not isinstance(decision, ClassDecision):
+            raise InputError("the logit bridge needs a classifier: a value has no class names to bias")
+        log_probs = torch.full((count, len(decision.classes)), float("nan"))
+        log_probs[have] = decision.log_probs
+        answers = [processor.answer_ids(name) for name in decision.classes]
+        return lambda start, stop, length: AnswerBias(answers, log_probs[start:stop].to(self.device), length, config)
+
+    # ---- what PreTrainedModel asks for ---------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        module: nn.Module = self.base.get_input_embeddings()
+        return module
+
+    def get_output_embeddings(self) -> nn.Module:
+        module: nn.Module = self.base.get_output_embeddings()
+        return module
+
+    def train(self, mode: bool = True) -> FusedModel:
+        """The base stays in eval mode (GPT-2 has dropout); only the bridge follows `mode`."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As in transformers. The frozen base must count as training for its layers to be recomputed."""
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        self._recomputes = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As in transformers."""
+        self.base.gradient_checkpointing_disable()
+        self._recomputes = False
+
+
+def answer_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy of the next token over labels that are not -100; with `items`, their sum over it.
+
+    logits [B, Q, V], labels int64 [B, Q]. Only labelled positions are turned to float32."""
+    shifted = labels[:, 1:].to(logits.device)
+    keep = shifted != -100
+    if not keep.any():
+        raise InputError("a batch without any answer token: give every training example an answer")
+    loss = nn.functional.cross_entropy(logits[:, :-1][keep].float(), shifted[keep], reduction="sum" if items is not None else "mean")
+    return loss / items if items is not None else loss
