@@ -47,19 +47,21 @@ def checked_items(inputs: Sequence[Any], schema: InputSchema) -> list[Any]:
     return items
 
 
-def stack(items: Sequence[Any], schema: InputSchema) -> NDArray[np.float32]:
+def stack(
+    items: Sequence[Any], schema: InputSchema, dtype: type[np.floating[Any]] = np.float32
+) -> NDArray[Any]:
     """The default preprocessing: float32 [B, fields], or [B, *shape] for one array field.
 
     A category counts as its position in `choices`, a bool as 0 or 1; several fields with an array among them are
     flattened and joined. Raises InputError for text, which has no numbers of its own.
     """
     if len(schema.fields) == 1:
-        column = [_numbers(schema.fields[0], item) for item in items]
+        column = [_numbers(schema.fields[0], item, dtype) for item in items]
         array = _join(column)
         return array[:, None] if array.ndim == 1 else array
     rows = [
         np.concatenate(
-            [_numbers(field, value).ravel() for field, value in zip(schema.fields, item, strict=True)]
+            [_numbers(field, value, dtype).ravel() for field, value in zip(schema.fields, item, strict=True)]
         )
         for item in items
     ]
@@ -72,7 +74,7 @@ def probe_item(schema: InputSchema) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _join(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _join(rows: list[NDArray[Any]]) -> NDArray[Any]:
     for row, array in enumerate(rows):
         if array.shape != rows[0].shape:
             raise InputError(
@@ -81,14 +83,14 @@ def _join(rows: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.stack(rows)
 
 
-def _numbers(field: Field, value: Any) -> NDArray[np.float32]:
+def _numbers(field: Field, value: Any, dtype: type[np.floating[Any]]) -> NDArray[Any]:
     if field.type == "text":
         raise InputError(
             f"{field.name}: text has no numbers of its own; give the expert a preprocess function"
         )
     if field.type == "category":
         value = field.choices.index(value)
-    return np.asarray(value, dtype=np.float32)
+    return np.asarray(value, dtype=dtype)
 
 
 def _probe_value(field: Field) -> Any:
