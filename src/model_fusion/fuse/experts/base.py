@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Features:
-    """What a bridge reads: `values` float32 [B, T, D] and `mask` bool [B, T] (True where a value is present)."""
+    """What a bridge reads: `values` float32 [B, T, D] and `mask` bool [B, T] (True where a value is
+    present)."""
 
     values: torch.Tensor
     mask: torch.Tensor
@@ -49,9 +50,9 @@ Decision = ClassDecision | ValueDecision
 class Given:
     """The live parts that no file holds, handed to `load`: code is never read from a saved folder.
 
-    `module` is a torch expert's architecture, `function` a callable expert's function; `preprocess` and `words`
-    are the callables the saved expert was built with; `trusted` names types of an skops file to accept besides
-    those of scikit-learn, numpy and scipy.
+    `module` is a torch expert's architecture, `function` a callable expert's function; `preprocess` and
+    `words` are the callables the saved expert was built with; `trusted` names types of an skops file to
+    accept besides those of scikit-learn, numpy and scipy.
     """
 
     module: torch.nn.Module | None = None
@@ -72,7 +73,8 @@ class Expert(ABC):
 
     @abstractmethod
     def encode(self, inputs: Sequence[Any]) -> Features:
-        """Features of B inputs at the tap (default: the expert's output), float32 [B, T, D], un-normalised."""
+        """Features of B inputs at the tap (default: the expert's output), float32 [B, T, D],
+        un-normalised."""
 
     @abstractmethod
     def decide(self, inputs: Sequence[Any]) -> Decision:
@@ -94,8 +96,8 @@ class Expert(ABC):
     def load(
         cls, folder: Path, config: dict[str, Any], *, given: Any = None, allow_pickle: bool = False
     ) -> Expert:
-        """Rebuild from `save`'s files. `given` is the live object the caller hands in where the kind needs one
-        (a torch module's architecture, a callable): no class named in a config is ever imported."""
+        """Rebuild from `save`'s files. `given` is the live object the caller hands in where the kind needs
+        one (a torch module's architecture, a callable): no class named in a config is ever imported."""
 
     @staticmethod
     def from_torch(module: torch.nn.Module, inputs: InputSchema, **options: Any) -> Expert:
@@ -106,7 +108,8 @@ class Expert(ABC):
 
     @staticmethod
     def from_sklearn(estimator: Any, inputs: InputSchema, **options: Any) -> Expert:
-        """A fitted scikit-learn estimator or Pipeline, or the path of a file; options as in `SklearnExpert`."""
+        """A fitted scikit-learn estimator or Pipeline, or the path of a file; options as in
+        `SklearnExpert`."""
         from model_fusion.fuse.experts.sklearn_estimator import SklearnExpert
 
         return SklearnExpert(estimator, inputs, **options)

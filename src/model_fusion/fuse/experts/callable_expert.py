@@ -20,8 +20,8 @@ Output = Literal["probabilities", "logits", "value", "features"]
 class CallableExpert(ScoredExpert):
     """`function` maps a list of B checked items to an array [B, D] (or [B]; [B, T, D] for features).
 
-    **Arguments**: `output` says what the numbers are: "probabilities" or "logits" (log-probabilities are logits)
-    over `classes`, a regressor's "value", or "features", which carry no decision.
+    **Arguments**: `output` says what the numbers are: "probabilities" or "logits" (log-probabilities are
+    logits) over `classes`, a regressor's "value", or "features", which carry no decision.
     """
 
     kind: ClassVar[str] = "callable"

@@ -39,7 +39,8 @@ class OnnxExpert(ScoredExpert):
     """`graph` is the path or the bytes of a model with one input.
 
     **Arguments**: `output` is the graph output that holds the answer (default: the first of floats); `tap` is
-    "output" (its log-probabilities or value), or any output's or intermediate value's name; `scores` says what a
+    "output" (its log-probabilities or value), or any output's or intermediate value's name; "
+    "`scores` says what a
     classifier's output is.
     """
 
@@ -91,7 +92,8 @@ class OnnxExpert(ScoredExpert):
             return floats[0]
         if output is None:
             raise InputError(
-                f"onnx expert: no output is a tensor of floats ({found}); export classifiers with zipmap=False"
+                f"onnx expert: no output is a tensor of floats ({found}); export classifiers with "
+                f"zipmap=False"
             )
         if found.get(output) not in FLOATS:
             raise InputError(f"onnx expert: output {output!r} is not one of the float outputs {floats}")
@@ -108,7 +110,8 @@ class OnnxExpert(ScoredExpert):
         )
         if shape and not fits:
             raise InputError(
-                f"onnx expert: the graph's input {self._input.name!r} has shape {expected}, got {list(batch.shape)}; "
+                f"onnx expert: the graph's input {self._input.name!r} has shape {expected}, got "
+                f"{list(batch.shape)}; "
                 "change the input schema or preprocess"
             )
         single = bool(shape) and shape[0] == 1

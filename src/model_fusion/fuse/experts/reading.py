@@ -52,8 +52,8 @@ def stack(
 ) -> NDArray[Any]:
     """The default preprocessing: float32 [B, fields], or [B, *shape] for one array field.
 
-    A category counts as its position in `choices`, a bool as 0 or 1; several fields with an array among them are
-    flattened and joined. Raises InputError for text, which has no numbers of its own.
+    A category counts as its position in `choices`, a bool as 0 or 1; several fields with an array among them
+    are flattened and joined. Raises InputError for text, which has no numbers of its own.
     """
     if len(schema.fields) == 1:
         column = [_numbers(schema.fields[0], item, dtype) for item in items]

@@ -15,7 +15,8 @@ _BLOCK = 1 << 20
 
 
 def expert_class(kind: Any) -> type[Expert]:
-    """The class of a registered kind; each is imported only when used. Raises InputError for any other name."""
+    """The class of a registered kind; each is imported only when used. Raises InputError for any other
+    name."""
     if kind == "torch":
         from model_fusion.fuse.experts.torch_module import TorchExpert
 
@@ -48,7 +49,8 @@ def load_expert(
 ) -> Expert:
     """Rebuild what `save_expert` wrote, after checking every file's hash.
 
-    Raises IntegrityError naming the file that is missing or differs, InputError where `given` lacks a live part.
+    Raises IntegrityError naming the file that is missing or differs, InputError where `given` lacks a live
+    part.
     """
     folder = Path(folder)
     kind = expert_class(config.get("kind"))

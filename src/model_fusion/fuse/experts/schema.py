@@ -93,7 +93,8 @@ class Field:
 
 @dataclass(frozen=True)
 class InputSchema:
-    """The fields of one input. An item with several fields is a tuple in their order; with one, the value itself."""
+    """The fields of one input. An item with several fields is a tuple in their order; with one, the value
+    itself."""
 
     fields: tuple[Field, ...]
 

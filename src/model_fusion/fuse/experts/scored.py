@@ -1,4 +1,5 @@
-"""What all experts share: checked inputs, finite features of a fixed shape, decisions, words, the saved config."""
+"""What all experts share: checked inputs, finite features of a fixed shape, decisions, words, the saved
+config."""
 
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ Words = Callable[[Any], str] | Mapping[str, str]
 class ScoredExpert(Expert):
     """An expert whose kind only says how a batch becomes tapped values and a decision.
 
-    **Arguments**: `tap` names what `encode` reads; `classes` are a classifier's names in column order (None: a
-    regressor); `preprocess` maps the list of B checked items to the model's input (default: `reading.stack`);
-    `words` maps the decided class name (or value) to the text of `describe`; `feature_shape` (T, D) is learnt by
-    encoding one made-up item unless given.
+    **Arguments**: `tap` names what `encode` reads; `classes` are a classifier's names in column order (None:
+    a regressor); `preprocess` maps the list of B checked items to the model's input (default:
+    `reading.stack`); `words` maps the decided class name (or value) to the text of `describe`;
+    `feature_shape` (T, D) is learnt by encoding one made-up item unless given.
     """
 
     tap: str
@@ -77,13 +78,15 @@ class ScoredExpert(Expert):
         self.feature_shape = (int(feature_shape[0]), int(feature_shape[1]))
 
     def encode(self, inputs: Sequence[Any]) -> Features:
-        """Features float32 [B, T, D] on the CPU; all of them present. Raises InputError on NaN or infinity."""
+        """Features float32 [B, T, D] on the CPU; all of them present. Raises InputError on NaN or
+        infinity."""
         values = three_dimensional(self._tapped(self._prepare(inputs)))
         self._require_finite(values)
         if len(values) != len(inputs) or tuple(values.shape[1:]) != self.feature_shape:
             expected = [len(inputs), *self.feature_shape]
             raise InputError(
-                f"{self.kind} expert: expected features of shape {expected} at tap {self.tap!r}, got {list(values.shape)}"
+                f"{self.kind} expert: expected features of shape {expected} at tap {self.tap!r}, "
+                f"got {list(values.shape)}"
             )
         return Features(values, torch.ones(values.shape[:2], dtype=torch.bool))
 
@@ -113,12 +116,14 @@ class ScoredExpert(Expert):
             )
 
     def _decision_from(self, scores: Tensor, form: Scores) -> Decision:
-        """The decision that model output [B, C] (or [B], [B, 1] for a value or a two-class score) stands for."""
+        """The decision that model output [B, C] (or [B], [B, 1] for a value or a two-class score) stands
+        for."""
         if self.classes is not None:
             return ClassDecision(self.classes, self._log_probs(scores, form))
         if scores.numel() != len(scores):
             raise InputError(
-                f"{self.kind} expert: a value has one number a row, the output has shape {list(scores.shape)}; "
+                f"{self.kind} expert: a value has one number a row, the output has shape "
+                f"{list(scores.shape)}; "
                 "give classes for a classifier"
             )
         return ValueDecision(scores.reshape(-1).float())
@@ -150,7 +155,8 @@ class ScoredExpert(Expert):
             for name in config["needs"]:
                 if getattr(given, name, None) is None:
                     raise InputError(
-                        f"this {cls.kind} expert was saved with its own {name} function, which no file holds: "
+                        f"this {cls.kind} expert was saved with its own {name} function, which no "
+                        f"file holds: "
                         f"load it with given=Given({name}=...)"
                     )
             shape = config["feature_shape"]
@@ -175,7 +181,8 @@ def three_dimensional(values: Tensor) -> Tensor:
 
 
 def log_probabilities(scores: Tensor, classes: int, form: Scores, where: str) -> Tensor:
-    """Log-probabilities float32 [B, classes] of logits (log-softmax) or probabilities (clipped, renormalised).
+    """Log-probabilities float32 [B, classes] of logits (log-softmax) or probabilities (clipped,
+    renormalised).
 
     One column for two classes is the second class's logit or probability. Log-probabilities are valid logits.
     """

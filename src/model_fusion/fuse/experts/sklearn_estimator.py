@@ -39,15 +39,18 @@ class SklearnExpert(ScoredExpert):
     """`estimator` is fitted, or the path of a .skops file (or of a pickle, with `allow_pickle=True`).
 
     Taps, with features [B, T, D]:
-    - "output": log-probabilities [B, 1, C] (clipped at 1e-6; a classifier without `predict_proba` is read through
+    - "output": log-probabilities [B, 1, C] (clipped at 1e-6; a classifier without `predict_proba` is read
+    through
       the softmax of its decision function, which is uncalibrated), or the value [B, 1, 1];
     - "decision_function": [B, 1, D];
-    - "leaves": each tree's vote [B, 1, trees · C] (a regression forest: [B, 1, trees]); for boosting and single
+    - "leaves": each tree's vote [B, 1, trees · C] (a regression forest: [B, 1, trees]); for boosting and
+    single
       trees the leaves reached, one-hot, hashed with signs into [B, 1, 64];
     - "neighbours": [B, k, 1 + C] (a regressor: [B, k, 2]): each neighbour's distance, then its label.
 
-    `columns` names the columns of the DataFrame the estimator was fitted on (default: the names it remembers).
-    DataFrames may be handed in as batches: their columns are taken by name, without the schema's check.
+    `columns` names the columns of the DataFrame the estimator was fitted on (default: the names it
+    remembers). DataFrames may be handed in as batches: their columns are taken by name, without the schema's
+    check.
     """
 
     kind: ClassVar[str] = "sklearn"
@@ -96,7 +99,8 @@ class SklearnExpert(ScoredExpert):
         self._learn_shape(feature_shape)
 
     def _prepare(self, inputs: Sequence[Any]) -> Any:
-        """A 2-D array float64 [B, n], a DataFrame where columns have names, or the texts of one text field."""
+        """A 2-D array float64 [B, n], a DataFrame where columns have names, or the texts of one text
+        field."""
         if is_frame(inputs):
             if len(inputs) == 0:
                 raise InputError("expected at least one input, got none")
@@ -164,7 +168,8 @@ class SklearnExpert(ScoredExpert):
         return self.estimator[-1], self.estimator[:-1].transform(prepared)
 
     def _spread(self, prepared: Any) -> Tensor | None:
-        """One standard deviation across the members of an averaging ensemble, [B]; None for any other regressor."""
+        """One standard deviation across the members of an averaging ensemble, [B]; None for any other
+        regressor."""
         final, reached = self._final(prepared)
         if isinstance(final, VotingRegressor):
             votes = np.asarray(final.transform(reached))
@@ -187,7 +192,8 @@ class SklearnExpert(ScoredExpert):
         return np.concatenate([distances[..., None], columns], axis=-1).astype(np.float32)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """One skops file (or joblib, with `save_as="joblib"`, which then loads only with `allow_pickle=True`)."""
+        """One skops file (or joblib, with `save_as="joblib"`, which then loads only with
+        `allow_pickle=True`)."""
         name = f"estimator.{self.save_as}"
         if self.save_as == "skops":
             write_skops(self.estimator, Path(folder) / name, self.trusted)

@@ -33,15 +33,16 @@ def write_skops(estimator: Any, path: Path, trusted: Sequence[str]) -> None:
 
 
 def read_skops(path: Path, trusted: Sequence[str]) -> Any:
-    """The estimator in a skops file. Besides what skops itself trusts, only classes of scikit-learn, numpy and
-    scipy and the names in `trusted` are built; anything else is refused by name with an InputError."""
+    """The estimator in a skops file. Besides what skops itself trusts, only classes of scikit-learn, numpy
+    and scipy and the names in `trusted` are built; anything else is refused by name with an InputError."""
     sio = _skops()
     try:
         found = sio.get_untrusted_types(file=path)
         refused = _refused(found, trusted)
         if refused:
             raise InputError(
-                f"{path.name} holds types that are not trusted: {', '.join(refused)}; if you know what they do, "
+                f"{path.name} holds types that are not trusted: {', '.join(refused)}; if you know "
+                f"what they do, "
                 "name them: trusted=(...), or given=Given(trusted=(...)) for a saved expert"
             )
         return sio.load(path, trusted=found)
@@ -50,14 +51,16 @@ def read_skops(path: Path, trusted: Sequence[str]) -> Any:
 
 
 def read_estimator(path: Path, *, allow_pickle: bool, trusted: Sequence[str]) -> Any:
-    """An estimator from .skops, or from a pickle or joblib file when `allow_pickle` says so (with a warning)."""
+    """An estimator from .skops, or from a pickle or joblib file when `allow_pickle` says so (with a
+    warning)."""
     if not path.is_file():
         raise InputError(f"no estimator file at {path}")
     if path.suffix == ".skops":
         return read_skops(path, trusted)
     if not allow_pickle:
         raise InputError(
-            f"{path.name} is a pickle or joblib file, which can run any code when read; save the estimator with "
+            f"{path.name} is a pickle or joblib file, which can run any code when read; save the "
+            f"estimator with "
             "skops, or pass allow_pickle=True if you wrote the file yourself"
         )
     warnings.warn(PICKLE_RISK.format(name=path.name), UserWarning, stacklevel=2)

@@ -24,9 +24,10 @@ WEIGHTS = "weights.safetensors"
 class TorchExpert(ScoredExpert):
     """`module` maps what `preprocess` makes of B items (default: their stacked numbers) to [B, C] or [B].
 
-    **Arguments**: `tap` is "output" (log-probabilities for a classifier, the raw value otherwise) or a name from
-    `module.named_modules()`, flattened to [B, 1, D] ([B, T, D] stays); `scores` says what a classifier's output
-    is; `weights` is a .safetensors or .pt file (read with `weights_only=True`) to fill `module` from.
+    **Arguments**: `tap` is "output" (log-probabilities for a classifier, the raw value otherwise) or a name
+    from `module.named_modules()`, flattened to [B, 1, D] ([B, T, D] stays); `scores` says what a
+    classifier's output is; `weights` is a .safetensors or .pt file (read with `weights_only=True`) to fill
+    `module` from.
     """
 
     kind: ClassVar[str] = "torch"
@@ -150,7 +151,8 @@ def _fill(module: torch.nn.Module, state: dict[str, Tensor], where: str) -> None
             )
         if state[name].shape != expected[name].shape:
             raise IntegrityError(
-                f"{where}: {name} has shape {list(state[name].shape)}, the module has {list(expected[name].shape)}"
+                f"{where}: {name} has shape {list(state[name].shape)}, the module has "
+                f"{list(expected[name].shape)}"
             )
     module.load_state_dict(state)
 
