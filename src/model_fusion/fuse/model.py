@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from model_fusion.fuse.placeholders import reserve_ids
 from model_fusion.fuse.precision import fastest_dtype
 from model_fusion.fuse.processor import FusedProcessor, Messages
 from model_fusion.fuse.wire import Wire, started
+
+if TYPE_CHECKING:
+    from model_fusion.training.loop import History
 
 
 class Fusion(nn.Module):
@@ -141,12 +144,17 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             self.bridge.set_enabled(self.base, self.active, before)
 
     @property
+    def fusion(self) -> Fusion:
+        """The active bridge with its config and normalisers."""
+        return self._fusion(self.active)
+
+    @property
     def bridge(self) -> Bridge:
-        return self._fusion(self.active).bridge
+        return self.fusion.bridge
 
     @property
     def normalisers(self) -> nn.ModuleDict:
-        return self._fusion(self.active).normalisers
+        return self.fusion.normalisers
 
     @property
     def processor(self) -> FusedProcessor:
@@ -184,6 +192,12 @@ class FusedModel(PreTrainedModel, GenerationMixin):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The active bridge's parameters, adapters included. The base has none."""
         return self.bridge.trainable_parameters(self.base)
+
+    def fit(self, examples: Sequence[Any], **settings: Any) -> History:
+        """Train the active bridge: see `model_fusion.fuse.fit.fit` for the arguments."""
+        from model_fusion.fuse.fit import fit
+
+        return fit(self, examples, **settings)
 
     # ---- the forward pass ----------------------------------------------------------------------------------
 
@@ -315,7 +329,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
 
     def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, count: int) -> Any:
         """For the `logit` bridge: a maker of logits processors for rows [start, stop)."""
-        config = self._fusion(self.active).config
+        config = self.fusion.config
         if not isinstance(config, Logit) or rows_inputs is None or not self.enabled:
             return None
         if len(self.experts) != 1:

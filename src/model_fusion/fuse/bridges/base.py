@@ -23,6 +23,8 @@ class BridgeConfig:
     """Typed settings of one kind of bridge. `kind` is its registry name."""
 
     kind: ClassVar[str]
+    training: ClassVar[Mapping[str, Any]] = {}
+    """Training settings that suit this kind of bridge (fields of `TrainSettings`)."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}

@@ -60,6 +60,7 @@ class Attend(nn.Module):
 
 class CrossAttentionBridge(Bridge):
     kind = "cross_attention"
+    frozen_prompt = True
 
     def __init__(self, config: CrossAttention, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(base, experts)

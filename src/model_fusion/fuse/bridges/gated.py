@@ -60,6 +60,7 @@ class Gate(nn.Module):
 
 class GatedBridge(Bridge):
     kind = "gated"
+    frozen_prompt = True
 
     def __init__(self, config: Gated, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(base, experts)

@@ -1,0 +1,161 @@
+"""Training a bridge: examples in, the objective `answers` (cross-entropy on whole answers and the end of turn)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model_fusion.errors import InputError
+from model_fusion.fuse.bridges.base import BridgeConfig
+from model_fusion.fuse.experts.base import Features
+from model_fusion.fuse.model import FusedModel
+from model_fusion.fuse.processor import Encoded, check_features
+from model_fusion.fuse.shortcut import Shortcut
+from model_fusion.training.loop import History, Measure, TrainSettings, train
+
+
+class ExampleLike(Protocol):
+    """What `fit` reads of an example."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def answer(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with placeholders, the experts' inputs by name, and the answer to learn."""
+
+    prompt: str
+    inputs: Mapping[str, Any]
+    answer: str
+
+
+def fit(
+    fused: FusedModel,
+    examples: Sequence[ExampleLike],
+    *,
+    validation: Sequence[ExampleLike] = (),
+    resume: str | Path | None = None,
+    progress: bool = True,
+    fit_normaliser: bool = True,
+    **settings: Any,
+) -> History:
+    """Train the active bridge on `examples`. Features are encoded once; normalisers are fitted on `examples` only.
+
+    settings: fields of `TrainSettings`; what is not given comes from the bridge's own defaults. Without
+    `validation`, a fifth of the examples (at least one) is held out by the seed. Raises InputError.
+    """
+    if not fused.bridge.trainable:
+        raise InputError(f"the {fused.bridge.kind} bridge has nothing to train: ask it directly")
+    if len(examples) < 2:
+        raise InputError(f"{len(examples)} training examples: at least 2 are needed")
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    for name in settings:
+        if name not in known:
+            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
+    chosen = TrainSettings(**{**_defaults(fused), **settings})
+    if not validation:
+        examples, validation = held_out(examples, chosen.seed)
+    if fit_normaliser:
+        fit_normalisers(fused, examples)
+    step = AnswerStep(fused, encode(fused, examples))
+    held = AnswerStep(fused, encode(fused, validation), shortcut=None)
+    torch.manual_seed(chosen.seed)
+    fused.train()
+    try:
+        return train(
+            step,
+            fused.trainable_parameters(),
+            len(examples),
+            lambda: held.measure(chosen.batch_size * 2),
+            chosen,
+            resume=Path(resume) if resume else None,
+            fingerprint=fingerprint(fused, step.rows, chosen),
+            progress=progress,
+        )
+    finally:
+        fused.eval()
+
+
+def _defaults(fused: FusedModel) -> dict[str, Any]:
+    config: BridgeConfig = fused.fusion.config
+    return dict(config.training)
+
+
+class AnswerStep(nn.Module):
+    """Loss over the answers of the rows that indices name. A module, so that accelerate can wrap it."""
+
+    def __init__(self, fused: FusedModel, rows: Sequence[Encoded], shortcut: Shortcut | None = None) -> None:
+        super().__init__()
+        self.fused, self.rows = fused, list(rows)
+        self.shortcut = shortcut or Shortcut(fused, self.rows)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Mean cross-entropy over the answer tokens (end of turn included) of rows `indices` int64 [b]."""
+        logits, labels = self.shortcut.logits([self.rows[i] for i in indices.tolist()])
+        keep = labels[:, 1:] != -100
+        return nn.functional.cross_entropy(logits[:, :-1][keep].float(), labels[:, 1:][keep])
+
+    @torch.no_grad()
+    def measure(self, batch_size: int) -> Measure:
+        """Mean loss, and the share of rows whose every answer token is the most probable one: the rows that
+        greedy decoding answers exactly as labelled."""
+        training = self.fused.training
+        self.fused.eval()
+        losses, right = [], []
+        for start in range(0, len(self.rows), batch_size):
+            logits, labels = self.shortcut.logits(self.rows[start : start + batch_size])
+            labels, logits = labels[:, 1:], logits[:, :-1].float()
+            keep = labels != -100
+            losses.append(nn.functional.cross_entropy(logits[keep], labels[keep], reduction="none"))
+            right.append(((logits.argmax(-1) == labels) | ~keep).all(dim=1))
+        self.fused.train(training)
+        return Measure(float(torch.cat(losses).mean()), float(torch.cat(right).float().mean()))
+
+
+def encode(fused: FusedModel, examples: Sequence[ExampleLike]) -> list[Encoded]:
+    """Examples as rows of ids with features, encoded once."""
+    return fused.processor.encode([e.prompt for e in examples], [e.inputs for e in examples], [e.answer for e in examples])
+
+
+def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
+    """Fit each expert's normaliser on its features over `examples`."""
+    for name, expert in fused.experts.items():
+        items: list[Any] = []
+        for example in examples:
+            if name in example.inputs:
+                several = example.prompt.count(f"<|{name}|>") > 1
+                items += list(example.inputs[name]) if several else [example.inputs[name]]
+        if not items:
+            raise InputError(f"no training example has an input for expert {name!r}")
+        features: Features = check_features(name, expert, expert.encode(items))
+        fused.normalisers[name].fit(features)  # type: ignore[operator]
+
+
+def held_out(examples: Sequence[ExampleLike], seed: int) -> tuple[list[ExampleLike], list[ExampleLike]]:
+    """(training, validation): a fifth of the examples, at least one, chosen by the seed."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, len(examples) // 5)
+    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
+
+
+def fingerprint(fused: FusedModel, rows: Sequence[Encoded], settings: TrainSettings) -> str:
+    """SHA-256 over the bridge's config, the settings, and every row's ids and features."""
+    digest = hashlib.sha256(json.dumps([fused.fusion.config.to_json(), dataclasses.asdict(settings)], sort_keys=True).encode())
+    for row in rows:
+        digest.update(repr(row.ids).encode())
+        for occurrence in row.occurrences:
+            digest.update(occurrence.values.numpy().tobytes())
+    return digest.hexdigest()
