@@ -243,7 +243,7 @@ def test_torch_refusals(tmp_path: Path) -> None:
     config = save_expert(expert, tmp_path)
     with pytest.raises(InputError, match="given=the module"):
         load_expert(tmp_path, config)
-    with pytest.raises(IntegrityError, match=r"3\.weight has shape \[2, 8\]"):
+    with pytest.raises(IntegrityError, match=r"3\.bias has shape \[2\], the module has \[5\]"):
         load_expert(tmp_path, config, given=network(5))
     with pytest.raises(InputError, match="no submodule 'nothing'"):
         Expert.from_torch(network(), TABLE, classes=NAMES, tap="nothing")
