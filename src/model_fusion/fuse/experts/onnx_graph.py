@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model_fusion.errors import InputError, IntegrityError, MissingDependencyError
@@ -39,9 +40,8 @@ class OnnxExpert(ScoredExpert):
     """`graph` is the path or the bytes of a model with one input.
 
     **Arguments**: `output` is the graph output that holds the answer (default: the first of floats); `tap` is
-    "output" (its log-probabilities or value), or any output's or intermediate value's name; "
-    "`scores` says what a
-    classifier's output is.
+    "output" (its log-probabilities or value), or any output's or intermediate value's name; `scores`
+    says what a classifier's output is.
     """
 
     kind: ClassVar[str] = "onnx"
@@ -86,34 +86,34 @@ class OnnxExpert(ScoredExpert):
         self._learn_shape(feature_shape)
 
     def _answer(self, output: str | None) -> str:
-        found = {value.name: value.type for value in self._session.get_outputs()}
+        found: dict[str, str] = {value.name: value.type for value in self._session.get_outputs()}
         floats = [name for name, kind in found.items() if kind in FLOATS]
         if output is None and floats:
             return floats[0]
         if output is None:
             raise InputError(
-                f"onnx expert: no output is a tensor of floats ({found}); export classifiers with "
-                f"zipmap=False"
+                f"onnx expert: no output is a tensor of floats ({found}); "
+                "export classifiers with zipmap=False"
             )
         if found.get(output) not in FLOATS:
             raise InputError(f"onnx expert: output {output!r} is not one of the float outputs {floats}")
         return output
 
     def _run(self, prepared: Any, name: str) -> Tensor:
-        batch = np.ascontiguousarray(np.asarray(prepared), dtype=NUMPY_TYPES[self._input.type])
+        batch: NDArray[Any] = np.ascontiguousarray(np.asarray(prepared), dtype=NUMPY_TYPES[self._input.type])
         shape = self._input.shape
         expected = [size if isinstance(size, int) else "any" for size in shape]
-        # A fixed batch size of the export is met by splitting or refused by onnxruntime itself below.
         fits = len(shape) == batch.ndim and all(
             not isinstance(size, int) or size == got
             for size, got in zip(shape[1:], batch.shape[1:], strict=True)
         )
         if shape and not fits:
             raise InputError(
-                f"onnx expert: the graph's input {self._input.name!r} has shape {expected}, got "
-                f"{list(batch.shape)}; "
+                f"onnx expert: the graph's input {self._input.name!r} has shape {expected}, "
+                f"got {list(batch.shape)}; "
                 "change the input schema or preprocess"
             )
+        # Many exports fix the batch size at 1; any other fixed size is refused by onnxruntime itself.
         single = bool(shape) and shape[0] == 1
         parts = [batch[row : row + 1] for row in range(len(batch))] if single else [batch]
         try:
