@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +16,18 @@ import pandas as pd
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import (
     GradientBoostingClassifier,
     HistGradientBoostingRegressor,
     RandomForestClassifier,
     RandomForestRegressor,
 )
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
 from model_fusion.errors import InputError, IntegrityError
@@ -405,3 +410,29 @@ def test_only_registered_kinds_and_plain_file_names_are_loaded(tmp_path: Path) -
         load_expert(tmp_path, {**config, "sha256": {"../graph.onnx": "0"}})
     with pytest.raises(IntegrityError, match="no SHA-256"):
         load_expert(tmp_path, {**config, "sha256": {}})
+
+
+def test_text_and_categories_reach_the_pipeline_as_they_are(tmp_path: Path) -> None:
+    notes = InputSchema((Field("note", "text"),))
+    reader = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(
+        ["good", "bad day", "good day", "bad"], [1, 0, 1, 0]
+    )
+    expert = Expert.from_sklearn(reader, notes, words={"1": "praise", "0": "blame"})
+    assert expert.describe(["a good one", "so bad"]) == ["praise", "blame"]
+    colours = InputSchema((Field("colour", "category", choices=("red", "blue")), Field("size", "float")))
+    frame = pd.DataFrame({"colour": ["red", "blue", "red", "blue"], "size": [1.0, 2.0, 3.0, 4.0]})
+    encoder = ColumnTransformer([("one", OneHotEncoder(), ["colour"])], remainder="passthrough")
+    model = make_pipeline(encoder, LogisticRegression()).fit(frame, ["x", "y", "x", "y"])
+    expert = Expert.from_sklearn(model, colours)
+    assert expert.describe([("red", 2.0), {"size": 2.0, "colour": "blue"}]) == ["x", "y"]
+    again = load_expert(tmp_path, save_expert(expert, tmp_path))
+    assert again.describe([("red", 2.0), ("blue", 2.0)]) == ["x", "y"]
+
+
+def test_naming_experts_imports_no_library() -> None:
+    code = (
+        "import sys, model_fusion.fuse.experts; "
+        "print([m for m in ('torch', 'sklearn', 'onnxruntime', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

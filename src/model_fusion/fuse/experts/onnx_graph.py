@@ -156,7 +156,7 @@ def _read(graph: str | Path | bytes) -> Any:
     try:
         if isinstance(graph, bytes):
             model = onnx.load_model_from_string(graph)
-            if any(weight.data_location == onnx.TensorProto.EXTERNAL for weight in model.graph.initializer):
+            if _points_outside(model.graph):
                 raise InputError(
                     "onnx expert: the graph keeps its weights in another file; give its path, not its bytes"
                 )
@@ -168,6 +168,22 @@ def _read(graph: str | Path | bytes) -> Any:
         raise
     except Exception as error:  # protobuf's DecodeError moves between its versions
         raise InputError(f"onnx expert: not a readable ONNX model: {_line(error)}") from error
+
+
+def _points_outside(graph: Any) -> bool:
+    """True where a weight of the graph, of a constant or of a branch inside it lies in another file."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    tensors = [
+        *graph.initializer,
+        *(item.t for item in attributes),
+        *(t for item in attributes for t in item.tensors),
+    ]
+    inner = [
+        *(item.g for item in attributes if item.HasField("g")),
+        *(g for item in attributes for g in item.graphs),
+    ]
+    external = onnx.TensorProto.EXTERNAL
+    return any(t.data_location == external for t in tensors) or any(_points_outside(g) for g in inner)
 
 
 def _expose(model: Any, tap: str) -> None:

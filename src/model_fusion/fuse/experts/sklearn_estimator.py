@@ -44,7 +44,9 @@ class SklearnExpert(ScoredExpert):
     - "decision_function": [B, 1, D];
     - "leaves": each tree's vote [B, 1, trees · C] (a regression forest: [B, 1, trees]); for boosting and
       single trees the leaves reached, one-hot, hashed with signs into [B, 1, 64];
-    - "neighbours": [B, k, 1 + C] (a regressor: [B, k, 2]): each neighbour's distance, then its label.
+    - "neighbours": [B, k, 1 + C] (a regressor: [B, k, 2]): each neighbour's distance, then its label. An
+      input that the estimator was fitted on finds itself at distance 0, with its own label: train bridges on
+      others.
 
     `columns` names the columns of the DataFrame the estimator was fitted on (default: the names it
     remembers). DataFrames may be handed in as batches: their columns are taken by name, without the schema's
