@@ -436,3 +436,16 @@ def test_naming_experts_imports_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_without_the_hash_a_changed_weight_would_go_unnoticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_fusion.fuse.experts.registry.file_sha256", lambda path: "same")
+    expert = CASES["torch"].build()
+    config = save_expert(expert, tmp_path)
+    path = tmp_path / "weights.safetensors"
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    again = load_expert(tmp_path, config, given=network(seed=9))
+    assert not torch.equal(again.encode(ITEMS).values, expert.encode(ITEMS).values)
