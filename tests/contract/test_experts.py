@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +16,18 @@ import pandas as pd
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import (
     GradientBoostingClassifier,
     HistGradientBoostingRegressor,
     RandomForestClassifier,
     RandomForestRegressor,
 )
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
 from model_fusion.errors import InputError, IntegrityError
@@ -243,7 +248,7 @@ def test_torch_refusals(tmp_path: Path) -> None:
     config = save_expert(expert, tmp_path)
     with pytest.raises(InputError, match="given=the module"):
         load_expert(tmp_path, config)
-    with pytest.raises(IntegrityError, match=r"3\.weight has shape \[2, 8\]"):
+    with pytest.raises(IntegrityError, match=r"3\.bias has shape \[2\], the module has \[5\]"):
         load_expert(tmp_path, config, given=network(5))
     with pytest.raises(InputError, match="no submodule 'nothing'"):
         Expert.from_torch(network(), TABLE, classes=NAMES, tap="nothing")
@@ -405,3 +410,42 @@ def test_only_registered_kinds_and_plain_file_names_are_loaded(tmp_path: Path) -
         load_expert(tmp_path, {**config, "sha256": {"../graph.onnx": "0"}})
     with pytest.raises(IntegrityError, match="no SHA-256"):
         load_expert(tmp_path, {**config, "sha256": {}})
+
+
+def test_text_and_categories_reach_the_pipeline_as_they_are(tmp_path: Path) -> None:
+    notes = InputSchema((Field("note", "text"),))
+    reader = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(
+        ["good", "bad day", "good day", "bad"], [1, 0, 1, 0]
+    )
+    expert = Expert.from_sklearn(reader, notes, words={"1": "praise", "0": "blame"})
+    assert expert.describe(["a good one", "so bad"]) == ["praise", "blame"]
+    colours = InputSchema((Field("colour", "category", choices=("red", "blue")), Field("size", "float")))
+    frame = pd.DataFrame({"colour": ["red", "blue", "red", "blue"], "size": [1.0, 2.0, 3.0, 4.0]})
+    encoder = ColumnTransformer([("one", OneHotEncoder(), ["colour"])], remainder="passthrough")
+    model = make_pipeline(encoder, LogisticRegression()).fit(frame, ["x", "y", "x", "y"])
+    expert = Expert.from_sklearn(model, colours)
+    assert expert.describe([("red", 2.0), {"size": 2.0, "colour": "blue"}]) == ["x", "y"]
+    again = load_expert(tmp_path, save_expert(expert, tmp_path))
+    assert again.describe([("red", 2.0), ("blue", 2.0)]) == ["x", "y"]
+
+
+def test_naming_experts_imports_no_library() -> None:
+    code = (
+        "import sys, model_fusion.fuse.experts; "
+        "print([m for m in ('torch', 'sklearn', 'onnxruntime', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_without_the_hash_a_changed_weight_would_go_unnoticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_fusion.fuse.experts.registry.file_sha256", lambda path: "same")
+    expert = CASES["torch"].build()
+    config = save_expert(expert, tmp_path)
+    path = tmp_path / "weights.safetensors"
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    again = load_expert(tmp_path, config, given=network(seed=9))
+    assert not torch.equal(again.encode(ITEMS).values, expert.encode(ITEMS).values)

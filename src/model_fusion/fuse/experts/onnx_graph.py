@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model_fusion.errors import InputError, IntegrityError, MissingDependencyError
@@ -39,9 +40,8 @@ class OnnxExpert(ScoredExpert):
     """`graph` is the path or the bytes of a model with one input.
 
     **Arguments**: `output` is the graph output that holds the answer (default: the first of floats); `tap` is
-    "output" (its log-probabilities or value), or any output's or intermediate value's name; "
-    "`scores` says what a
-    classifier's output is.
+    "output" (its log-probabilities or value), or any output's or intermediate value's name; `scores`
+    says what a classifier's output is.
     """
 
     kind: ClassVar[str] = "onnx"
@@ -86,34 +86,34 @@ class OnnxExpert(ScoredExpert):
         self._learn_shape(feature_shape)
 
     def _answer(self, output: str | None) -> str:
-        found = {value.name: value.type for value in self._session.get_outputs()}
+        found: dict[str, str] = {value.name: value.type for value in self._session.get_outputs()}
         floats = [name for name, kind in found.items() if kind in FLOATS]
         if output is None and floats:
             return floats[0]
         if output is None:
             raise InputError(
-                f"onnx expert: no output is a tensor of floats ({found}); export classifiers with "
-                f"zipmap=False"
+                f"onnx expert: no output is a tensor of floats ({found}); "
+                "export classifiers with zipmap=False"
             )
         if found.get(output) not in FLOATS:
             raise InputError(f"onnx expert: output {output!r} is not one of the float outputs {floats}")
         return output
 
     def _run(self, prepared: Any, name: str) -> Tensor:
-        batch = np.ascontiguousarray(np.asarray(prepared), dtype=NUMPY_TYPES[self._input.type])
+        batch: NDArray[Any] = np.ascontiguousarray(np.asarray(prepared), dtype=NUMPY_TYPES[self._input.type])
         shape = self._input.shape
         expected = [size if isinstance(size, int) else "any" for size in shape]
-        # A fixed batch size of the export is met by splitting or refused by onnxruntime itself below.
         fits = len(shape) == batch.ndim and all(
             not isinstance(size, int) or size == got
             for size, got in zip(shape[1:], batch.shape[1:], strict=True)
         )
         if shape and not fits:
             raise InputError(
-                f"onnx expert: the graph's input {self._input.name!r} has shape {expected}, got "
-                f"{list(batch.shape)}; "
+                f"onnx expert: the graph's input {self._input.name!r} has shape {expected}, "
+                f"got {list(batch.shape)}; "
                 "change the input schema or preprocess"
             )
+        # Many exports fix the batch size at 1; any other fixed size is refused by onnxruntime itself.
         single = bool(shape) and shape[0] == 1
         parts = [batch[row : row + 1] for row in range(len(batch))] if single else [batch]
         try:
@@ -156,7 +156,7 @@ def _read(graph: str | Path | bytes) -> Any:
     try:
         if isinstance(graph, bytes):
             model = onnx.load_model_from_string(graph)
-            if any(weight.data_location == onnx.TensorProto.EXTERNAL for weight in model.graph.initializer):
+            if _points_outside(model.graph):
                 raise InputError(
                     "onnx expert: the graph keeps its weights in another file; give its path, not its bytes"
                 )
@@ -168,6 +168,22 @@ def _read(graph: str | Path | bytes) -> Any:
         raise
     except Exception as error:  # protobuf's DecodeError moves between its versions
         raise InputError(f"onnx expert: not a readable ONNX model: {_line(error)}") from error
+
+
+def _points_outside(graph: Any) -> bool:
+    """True where a weight of the graph, of a constant or of a branch inside it lies in another file."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    tensors = [
+        *graph.initializer,
+        *(item.t for item in attributes),
+        *(t for item in attributes for t in item.tensors),
+    ]
+    inner = [
+        *(item.g for item in attributes if item.HasField("g")),
+        *(g for item in attributes for g in item.graphs),
+    ]
+    external = onnx.TensorProto.EXTERNAL
+    return any(t.data_location == external for t in tensors) or any(_points_outside(g) for g in inner)
 
 
 def _expose(model: Any, tap: str) -> None:

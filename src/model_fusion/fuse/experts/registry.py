@@ -15,8 +15,7 @@ _BLOCK = 1 << 20
 
 
 def expert_class(kind: Any) -> type[Expert]:
-    """The class of a registered kind; each is imported only when used. Raises InputError for any other
-    name."""
+    """The class of a registered kind; each is imported only when used. InputError for other names."""
     if kind == "torch":
         from model_fusion.fuse.experts.torch_module import TorchExpert
 
@@ -64,7 +63,10 @@ def load_expert(
             raise IntegrityError(f"{folder / name} is missing")
         if file_sha256(folder / name) != expected:
             raise IntegrityError(f"{folder / name} is not the file that was saved: its SHA-256 differs")
-    return kind.load(folder, {**config, "files": list(hashes)}, given=given, allow_pickle=allow_pickle)
+    try:
+        return kind.load(folder, {**config, "files": list(hashes)}, given=given, allow_pickle=allow_pickle)
+    except KeyError as error:
+        raise IntegrityError(f"the expert's saved config lacks {error}") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -1,5 +1,4 @@
-"""What all experts share: checked inputs, finite features of a fixed shape, decisions, words, the saved
-config."""
+"""What all experts share: checked inputs, finite features of one shape, decisions, words, the config."""
 
 from __future__ import annotations
 
@@ -93,7 +92,10 @@ class ScoredExpert(Expert):
     def decide(self, inputs: Sequence[Any]) -> Decision:
         """Log-probabilities over `classes`, or a value. Raises InputError on NaN or infinity."""
         decision = self._decided(self._prepare(inputs))
-        self._require_finite(decision.log_probs if isinstance(decision, ClassDecision) else decision.value)
+        values = decision.log_probs if isinstance(decision, ClassDecision) else decision.value
+        self._require_finite(values)
+        if len(values) != len(inputs):
+            raise InputError(f"{self.kind} expert: {len(inputs)} inputs gave {len(values)} decisions")
         return decision
 
     def describe(self, inputs: Sequence[Any]) -> list[str]:
@@ -122,8 +124,8 @@ class ScoredExpert(Expert):
             return ClassDecision(self.classes, self._log_probs(scores, form))
         if scores.numel() != len(scores):
             raise InputError(
-                f"{self.kind} expert: a value has one number a row, the output has shape "
-                f"{list(scores.shape)}; "
+                f"{self.kind} expert: a value has one number a row, "
+                f"the output has shape {list(scores.shape)}; "
                 "give classes for a classifier"
             )
         return ValueDecision(scores.reshape(-1).float())
@@ -155,8 +157,8 @@ class ScoredExpert(Expert):
             for name in config["needs"]:
                 if getattr(given, name, None) is None:
                     raise InputError(
-                        f"this {cls.kind} expert was saved with its own {name} function, which no "
-                        f"file holds: "
+                        f"this {cls.kind} expert was saved with its own {name} function, "
+                        "which no file holds: "
                         f"load it with given=Given({name}=...)"
                     )
             shape = config["feature_shape"]
@@ -181,8 +183,8 @@ def three_dimensional(values: Tensor) -> Tensor:
 
 
 def log_probabilities(scores: Tensor, classes: int, form: Scores, where: str) -> Tensor:
-    """Log-probabilities float32 [B, classes] of logits (log-softmax) or probabilities (clipped,
-    renormalised).
+    """Log-probabilities float32 [B, classes] of logits (log-softmax) or probabilities (clipped
+    and renormalised).
 
     One column for two classes is the second class's logit or probability. Log-probabilities are valid logits.
     """

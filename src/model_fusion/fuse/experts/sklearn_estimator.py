@@ -39,14 +39,14 @@ class SklearnExpert(ScoredExpert):
     """`estimator` is fitted, or the path of a .skops file (or of a pickle, with `allow_pickle=True`).
 
     Taps, with features [B, T, D]:
-    - "output": log-probabilities [B, 1, C] (clipped at 1e-6; a classifier without `predict_proba` is read
-    through
-      the softmax of its decision function, which is uncalibrated), or the value [B, 1, 1];
+    - "output": log-probabilities [B, 1, C] (clipped at 1e-6; a classifier without `predict_proba` is
+      read through the softmax of its decision function, which is uncalibrated), or the value [B, 1, 1];
     - "decision_function": [B, 1, D];
     - "leaves": each tree's vote [B, 1, trees · C] (a regression forest: [B, 1, trees]); for boosting and
-    single
-      trees the leaves reached, one-hot, hashed with signs into [B, 1, 64];
-    - "neighbours": [B, k, 1 + C] (a regressor: [B, k, 2]): each neighbour's distance, then its label.
+      single trees the leaves reached, one-hot, hashed with signs into [B, 1, 64];
+    - "neighbours": [B, k, 1 + C] (a regressor: [B, k, 2]): each neighbour's distance, then its label. An
+      input that the estimator was fitted on finds itself at distance 0, with its own label: train bridges on
+      others.
 
     `columns` names the columns of the DataFrame the estimator was fitted on (default: the names it
     remembers). DataFrames may be handed in as batches: their columns are taken by name, without the schema's
@@ -211,8 +211,8 @@ class SklearnExpert(ScoredExpert):
         """`given` is a `Given` where a preprocess or words function was used, or types must be trusted."""
         parts = as_given(given, "preprocess")
         options = cls._options(config, parts)
-        save_as = config.get("save_as")
-        if save_as not in get_args(SaveAs) or config["files"] != [f"estimator.{save_as}"]:
+        save_as: SaveAs = "joblib" if config["save_as"] == "joblib" else "skops"
+        if config["files"] != [f"estimator.{save_as}"]:
             raise IntegrityError(
                 f"the saved config of this sklearn expert is damaged: files {config.get('files')}"
             )

@@ -41,8 +41,8 @@ def read_skops(path: Path, trusted: Sequence[str]) -> Any:
         refused = _refused(found, trusted)
         if refused:
             raise InputError(
-                f"{path.name} holds types that are not trusted: {', '.join(refused)}; if you know "
-                f"what they do, "
+                f"{path.name} holds types that are not trusted: {', '.join(refused)}; "
+                "if you know what they do, "
                 "name them: trusted=(...), or given=Given(trusted=(...)) for a saved expert"
             )
         return sio.load(path, trusted=found)
@@ -59,9 +59,8 @@ def read_estimator(path: Path, *, allow_pickle: bool, trusted: Sequence[str]) ->
         return read_skops(path, trusted)
     if not allow_pickle:
         raise InputError(
-            f"{path.name} is a pickle or joblib file, which can run any code when read; save the "
-            f"estimator with "
-            "skops, or pass allow_pickle=True if you wrote the file yourself"
+            f"{path.name} is a pickle or joblib file, which can run any code when read; "
+            "save the estimator with skops, or pass allow_pickle=True if you wrote the file yourself"
         )
     warnings.warn(PICKLE_RISK.format(name=path.name), UserWarning, stacklevel=2)
     import joblib
