@@ -1,7 +1,7 @@
-"""What a merge method is: a pure function of float32 tensors, its typed parameters, and how much it must see.
+"""What a merge method is: a pure function of float32 tensors, its parameters, and how much it must see.
 
-Nothing here knows a file, a layer's name or a recipe. A tensor's name is used for one thing: as part of the key
-of the random masks, so that a result does not depend on the order in which tensors are merged.
+Nothing here knows a file, a layer's name or a recipe. A tensor's name serves one thing: as part of the
+key of the random masks, so that a result does not depend on the order in which tensors are merged.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Method:
     min_models, max_models: how many models besides the base (None: no limit).
     statistics: `(models, base, model_params, params, key) -> state`, from whole tensors of any float dtype
         (they are widened block by block).
-    chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at flat
-        element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
+    chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at
+        flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
     whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
     base_is_first: the models' first is the point of departure (t = 0) when no base is named.
     """
@@ -181,7 +181,7 @@ def all_methods() -> list[Method]:
 
 
 def build(kind: type, values: dict[str, Any], owner: str) -> Any:
-    """A parameter dataclass from plain values (`lambda` is spelt `lambda_`); unknown names are InputErrors."""
+    """A parameter dataclass from plain values (`lambda` means `lambda_`); unknown names are InputErrors."""
     names = [f.name for f in dataclasses.fields(kind)]
     renamed = {"lambda_" if k == "lambda" else k: v for k, v in values.items()}
     for name in renamed:

@@ -1,8 +1,8 @@
 """The exact k largest magnitudes of a tensor without a sort, ties broken by the lowest flat index.
 
-A non-negative float32 orders like its bit pattern. One pass counts the leading 16 of its 31 bits, a second looks only
-inside the bucket that holds the k-th largest: the answer is exact. The values arrive in blocks, so they (differences
-of two models, say) need never exist as a whole.
+A non-negative float32 orders like its bit pattern. One pass counts the leading 16 of its 31 bits, a
+second looks only inside the bucket that holds the k-th largest: the answer is exact. The values arrive
+in blocks, so they (differences of two models, say) need never exist as a whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Cut:
     last: int
 
     def drop_small_(self, values: Tensor, start: int) -> Tensor:
-        """Zeroes, in place, what is not kept of the flat float32 `values` that begin at flat index `start`."""
+        """Zeroes, in place, what is not kept of flat float32 `values` that begin at flat index `start`."""
         split = min(max(self.last + 1 - start, 0), values.numel())
         if split and self.threshold > 0:
             # Magnitudes ≥ t are those above the float just below t.
