@@ -75,7 +75,7 @@ def _combine(
 
 @dataclass(frozen=True)
 class NuslerpParams:
-    """nuslerp_flatten: one arc for the whole tensor; else one for each column, or, row-wise, each row."""
+    """nuslerp_flatten: one arc for the whole tensor; else one for each slice along the last, or, row-wise, the first dimension."""
 
     nuslerp_flatten: bool = True
     nuslerp_row_wise: bool = False
@@ -95,7 +95,7 @@ def _nuslerp_weights(
         norms = math.sqrt(dots[0, 0] * dots[1, 1])
         cosine = max(-1.0, min(1.0, dots[0, 1] / norms)) if norms > 0 else 1.0
         return list(arc_weights(cosine, t, parallel=1.0 - 1e-14))
-    dim = -1 if params.nuslerp_row_wise else 0
+    dim = 0 if params.nuslerp_row_wise else -1
     a, b = (delta(m, base).double() for m in models)
     norms_ab = a.norm(dim=dim, keepdim=True) * b.norm(dim=dim, keepdim=True)
     cosines = ((a * b).sum(dim, keepdim=True) / norms_ab.clamp_min(1e-300)).clamp(-1.0, 1.0)
