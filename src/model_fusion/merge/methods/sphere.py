@@ -1,0 +1,224 @@
+"""nuslerp, multislerp and karcher: weighted means of directions, scaled by a mean length.
+
+All their results are Σ cᵢ xᵢ with coefficients that depend on the inputs' dot products alone. So one pass takes the
+dot products, the geometry is done on a few float64 numbers, and a second pass adds up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model_fusion.errors import InputError
+from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, register
+from model_fusion.merge.methods.blocks import delta, parts, total
+from model_fusion.merge.methods.linear import Weighted, weight_sum
+from model_fusion.merge.methods.slerp import arc_weights
+
+Vector = NDArray[np.float64]
+
+
+def gram(models: Sequence[Tensor], base: Tensor | None) -> Vector:
+    """float64 [M, M]: dot products of the flattened models (of their differences from a base)."""
+    out = np.zeros((len(models), len(models)))
+    flat = [m.reshape(-1) for m in models]
+    flat_base = None if base is None else base.reshape(-1)
+    for part in parts(flat[0].numel()):
+        rows = [delta(m[part], None if flat_base is None else flat_base[part]) for m in flat]
+        for i, a in enumerate(rows):
+            for j in range(i + 1):
+                out[i, j] += total(a * rows[j])
+    return np.asarray(np.tril(out) + np.tril(out, -1).T)
+
+
+def _tangent(units: Vector, point: Vector, weights: Vector) -> tuple[Vector, float]:
+    """Weighted mean of the log maps at `point`, and its length, both in coefficients of the unit vectors."""
+    cosine = np.clip(units @ point, -1.0, 1.0)
+    theta = np.arccos(cosine)
+    sine = np.sin(theta)
+    stretch = weights * np.divide(theta, sine, out=np.ones_like(theta), where=sine > 1e-12)
+    tangent = stretch - (stretch @ cosine) * point
+    return tangent, math.sqrt(max(float(tangent @ units @ tangent), 0.0))
+
+
+def _exp(point: Vector, tangent: Vector, length: float) -> Vector:
+    if length == 0.0:
+        return point
+    return np.asarray(math.cos(length) * point + (math.sin(length) / length) * tangent)
+
+
+def _combine(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[object],
+    params: object,
+    key: Key,
+    state: Sequence[float | Tensor],
+    start: int,
+) -> Tensor:
+    """base + Σ cᵢ δᵢ (without a base Σ cᵢ θᵢ)."""
+    wide = None if base is None else base.float()
+    out: Tensor | None = None
+    for model, c in zip(models, state, strict=True):
+        term = delta(model, wide)
+        term.mul_(c[start : start + term.numel()] if isinstance(c, Tensor) else c)
+        out = term if out is None else out.add_(term)
+    assert out is not None
+    return out if wide is None else out.add_(wide)
+
+
+@dataclass(frozen=True)
+class NuslerpParams:
+    """nuslerp_flatten: one arc for the whole tensor; else one for each slice along the last, or, row-wise, the first dimension."""
+
+    nuslerp_flatten: bool = True
+    nuslerp_row_wise: bool = False
+
+
+def _nuslerp_weights(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[Weighted],
+    params: NuslerpParams,
+    key: Key,
+) -> list[float | Tensor]:
+    weights = [p.weight for p in model_params]
+    t = weights[1] / weight_sum(weights, "nuslerp")
+    if params.nuslerp_flatten or models[0].dim() < 2:
+        dots = gram(models, base)
+        norms = math.sqrt(dots[0, 0] * dots[1, 1])
+        cosine = max(-1.0, min(1.0, dots[0, 1] / norms)) if norms > 0 else 1.0
+        return list(arc_weights(cosine, t, parallel=1.0 - 1e-14))
+    dim = 0 if params.nuslerp_row_wise else -1
+    a, b = (delta(m, base).double() for m in models)
+    norms_ab = a.norm(dim=dim, keepdim=True) * b.norm(dim=dim, keepdim=True)
+    cosines = ((a * b).sum(dim, keepdim=True) / norms_ab.clamp_min(1e-300)).clamp(-1.0, 1.0)
+    theta = torch.acos(cosines)
+    straight = (norms_ab == 0) | (cosines.abs() > 1.0 - 1e-14)
+    sine = theta.sin().masked_fill(straight, 1.0)
+    first = torch.where(straight, 1.0 - t, ((1.0 - t) * theta).sin() / sine)
+    second = torch.where(straight, t, (t * theta).sin() / sine)
+    return [x.float().expand(a.shape).reshape(-1) for x in (first, second)]
+
+
+@dataclass(frozen=True)
+class MultislerpParams:
+    """normalize_weights: divide weights by their sum; eps: lengths below it count as 0."""
+
+    normalize_weights: bool = True
+    eps: float = 1e-8
+
+
+def _unit(dots: Vector, eps: float) -> tuple[Vector, Vector]:
+    """Norms, and the dot products of the unit vectors; tensors shorter than eps get norm 0."""
+    norms = np.sqrt(np.diag(dots))
+    norms = np.where(norms > eps, norms, 0.0)
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    return norms, dots * inverse[:, None] * inverse[None, :]
+
+
+def _multislerp_weights(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[Weighted],
+    params: MultislerpParams,
+    key: Key,
+) -> list[float | Tensor]:
+    """Log-map mean at the normalised weighted mean, times the weighted mean norm."""
+    raw = [p.weight for p in model_params]
+    weights = np.array(raw) / (weight_sum(raw, "multislerp") if params.normalize_weights else 1.0)
+    norms, units = _unit(gram(models, base), params.eps)
+    length = math.sqrt(max(float(weights @ units @ weights), 0.0))
+    if length <= params.eps:
+        if not norms.any():
+            return [0.0] * len(models)
+        raise InputError(
+            "multislerp: the models' directions cancel, so they have no mean; change the weights"
+        )
+    point = weights / length
+    tangent, size = _tangent(units, point, weights)
+    return _scaled(_exp(point, tangent, size), norms, float(weights @ norms))
+
+
+@dataclass(frozen=True)
+class KarcherParams:
+    """max_iter: most steps; tol: a step shorter than it ends the search."""
+
+    max_iter: int = 10
+    tol: float = 1e-5
+
+
+def _karcher_weights(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[NoParams],
+    params: KarcherParams,
+    key: Key,
+) -> list[float | Tensor]:
+    """Riemannian mean of the non-zero unit tensors, times the mean norm of all non-zero tensors."""
+    norms, units = _unit(gram(models, base), 0.0)
+    present = norms > 0
+    if not present.any():
+        return [0.0] * len(models)
+    weights = present / present.sum()
+    length = math.sqrt(max(float(weights @ units @ weights), 0.0))
+    # opposite directions have no mean direction: start from the first tensor's
+    point = weights / length if length > 1e-12 else np.eye(len(models))[int(np.argmax(present))]
+    for _ in range(params.max_iter):
+        tangent, size = _tangent(units, point, weights)
+        if size < params.tol:
+            break
+        point = _exp(point, tangent, size)
+        point = point / math.sqrt(float(point @ units @ point))
+    return _scaled(point, norms, float(weights @ norms))
+
+
+def _scaled(point: Vector, norms: Vector, length: float) -> list[float | Tensor]:
+    """Coefficients of the inputs from those of the unit vectors."""
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    return [float(c) for c in point * inverse * length]
+
+
+register(
+    Method(
+        "nuslerp",
+        Sees.TWO_PASS,
+        NuslerpParams,
+        Weighted,
+        "optional",
+        2,
+        2,
+        statistics=_nuslerp_weights,
+        chunk=_combine,
+    )
+)
+register(
+    Method(
+        "multislerp",
+        Sees.TWO_PASS,
+        MultislerpParams,
+        Weighted,
+        "optional",
+        2,
+        statistics=_multislerp_weights,
+        chunk=_combine,
+    )
+)
+register(
+    Method(
+        "karcher",
+        Sees.TWO_PASS,
+        KarcherParams,
+        NoParams,
+        "forbidden",
+        2,
+        statistics=_karcher_weights,
+        chunk=_combine,
+    )
+)

@@ -1,0 +1,84 @@
+"""Merging the state dicts of any PyTorch modules, without files or recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from model_fusion.errors import InputError
+from model_fusion.merge.methods.base import Key, build, get
+from model_fusion.merge.methods.blocks import delta_blocks, sizes
+from model_fusion.merge.methods.selection import Cut, cuts
+from model_fusion.merge.methods.ties import kept
+
+
+def global_cuts(tensors: Sequence[tuple[Tensor, Tensor]], density: float) -> list[Cut]:
+    """One cut a tensor that together keep max(1, int(d·N)) of all (model, base) pairs' largest |δ|.
+
+    Equal magnitudes at the threshold are kept by the tensors' order, then by flat index.
+    """
+    blocks = [(pair, i) for pair in tensors for i in range(len(sizes(pair[0].numel())))]
+    lengths = [n for pair in tensors for n in sizes(pair[0].numel())]
+
+    def block(i: int) -> Tensor:
+        (model, base), number = blocks[i]
+        return delta_blocks(model, base)(number)
+
+    whole = cuts(block, lengths, [kept(density, sum(lengths))])[0]
+    out, offset = [], 0
+    for model, _ in tensors:
+        out.append(Cut(whole.threshold, whole.last - offset))
+        offset += model.numel()
+    return out
+
+
+def merge_state_dicts(
+    method: str,
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    base: Mapping[str, Tensor] | None = None,
+    model_params: Sequence[Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    **params: Any,
+) -> dict[str, Tensor]:
+    """Merges tensors of equal names, in each one's own dtype; integer tensors are taken from the first dict.
+
+    **Arguments**
+    model_params: one mapping a model (weight, density …); `params`: the method's own (normalize, `lambda_` …).
+
+    **Raises** InputError where names, shapes, parameters or the base do not fit.
+    """
+    chosen = get(method)
+    if not state_dicts:
+        raise InputError(f"{method}: no state dicts given")
+    own = build(chosen.params, params, method)
+    each = [build(chosen.model_params, dict(p), method) for p in (model_params or [{}] * len(state_dicts))]
+    if len(each) != len(state_dicts):
+        raise InputError(f"{method}: {len(state_dicts)} state dicts but parameters for {len(each)}")
+    names = list(state_dicts[0])
+    for i, other in enumerate([*state_dicts[1:], *([] if base is None else [base])], start=1):
+        if odd := sorted(set(names) ^ set(other)):
+            raise InputError(
+                f"state dict {i} differs from the first in {len(odd)} names, the first is {odd[0]!r}"
+            )
+    floats = [n for n in names if state_dicts[0][n].is_floating_point()]
+    model_cuts: list[dict[str, Cut]] | None = None
+    if getattr(own, "trim", "tensor") == "global":
+        if base is None:
+            raise InputError(f"{method} needs a base model: give base=")
+        model_cuts = [
+            dict(zip(floats, global_cuts([(d[n], base[n]) for n in floats], p.density), strict=True))
+            for d, p in zip(state_dicts, each, strict=True)
+        ]
+    out: dict[str, Tensor] = {}
+    for name in names:
+        if name not in floats:
+            out[name] = state_dicts[0][name].clone()
+            continue
+        key = Key(seed, name, cuts=None if model_cuts is None else [c[name] for c in model_cuts])
+        merged = chosen.run(
+            [d[name] for d in state_dicts], None if base is None else base[name], each, own, key
+        )
+        out[name] = merged.to(state_dicts[0][name].dtype)
+    return out
