@@ -96,7 +96,6 @@ class Expert(ABC):
     def load(
         cls, folder: Path, config: dict[str, Any], *, given: Any = None, allow_pickle: bool = False
     ) -> Expert:
-<<<<<<< HEAD
         """Rebuild from `save`'s files. `given` is the live object the caller hands in where the kind needs
         one (a torch module's architecture, a callable): no class named in a config is ever imported."""
 
@@ -128,7 +127,3 @@ class Expert(ABC):
         from model_fusion.fuse.experts.callable_expert import CallableExpert
 
         return CallableExpert(function, inputs, **options)
-=======
-        """Rebuild from `save`'s files. `given` is the live object the caller hands in where the kind needs one
-        (a torch module's architecture, a callable): no class named in a config is ever imported."""
->>>>>>> methods
