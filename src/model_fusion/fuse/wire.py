@@ -35,6 +35,8 @@ class Wire:
         self._signal: Signal | None = None
         self._rows: list[tuple[Tensor, Tensor]] = []
         base.get_input_embeddings().register_forward_hook(self._after_embedding)
+        # A slice of positions is not contiguous, and linear() then copies the whole head once a row.
+        base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         for number, layer in enumerate(self.layers):
             layer.register_forward_hook(self._after_layer(number))
 
