@@ -148,14 +148,31 @@ class Checkpoint:
         if name in self._pickled:
             return self._pickled[name][1].detach()
         entry = self._entries[name]
-        count = (entry.end - entry.begin) // entry.dtype.itemsize
-        if count == 0:
-            return torch.empty(entry.shape, dtype=entry.dtype)
         with self._lock:
             if entry.file not in self._maps:
-                with entry.file.open("rb") as handle:
-                    # ACCESS_COPY: writable in torch's eyes (no warning), and never written through to the file
-                    self._maps[entry.file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-            mapped = self._maps[entry.file]
-        flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.begin)
-        return flat.view(entry.shape)
+                self._maps[entry.file] = _map(entry.file)
+        return map_tensor(entry, self._maps[entry.file])
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as handle:
+        # ACCESS_COPY: writable in torch's eyes (no warning), and never written through to the file
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
+    """One tensor as a view of its file."""
+    count = (entry.end - entry.begin) // entry.dtype.itemsize
+    if count == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    buffer = _map(entry.file) if mapped is None else mapped
+    return torch.frombuffer(buffer, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """The checkpoint of a source, its adapter applied on the fly where it has one."""
+    if source.adapter is None:
+        return Checkpoint(source)
+    from model_fusion.checkpoint.lora import AdaptedCheckpoint
+
+    return AdaptedCheckpoint(source)

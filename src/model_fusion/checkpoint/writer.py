@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class CheckpointWriter:
         self.partial = self.target.with_name(f".{self.target.name}.partial")
         self._old = self.target.with_name(f".{self.target.name}.old")
         self.done: dict[str, str] = {}
+        self.inputs_of: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._shards = _plan_shards(specs, shard_size)
         self._place: dict[str, tuple[int, int, TensorSpec]] = {}
@@ -86,6 +88,7 @@ class CheckpointWriter:
             self._start(f"{key}-{layout}", resume)
         except OSError as error:
             self.close()
+            shutil.rmtree(self.partial, ignore_errors=True)
             raise _explain(error, self.target) from error
 
     def _names(self) -> list[str]:
@@ -136,9 +139,13 @@ class CheckpointWriter:
             number, offset, spec = self._place[name]
             if _digest(self._files[number], offset, spec.nbytes) == digest:
                 self.done[name] = digest
+                self.inputs_of[name] = record.get("inputs", {})
 
-    def write(self, name: str, tensor: Tensor) -> str:
-        """Write one tensor at its planned place; returns its SHA-256. Safe from several threads."""
+    def write(self, name: str, tensor: Tensor, inputs: Mapping[str, str] | None = None) -> str:
+        """Write one tensor at its planned place; returns its SHA-256. Safe from several threads.
+
+        `inputs` (input → SHA-256) is kept in `inputs_of`, and in the journal for a resumed run.
+        """
         number, offset, spec = self._place[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise InputError(f"tensor {name!r}: planned {spec.shape} {spec.dtype}, got {tuple(tensor.shape)}")
@@ -148,9 +155,10 @@ class CheckpointWriter:
             for start in range(0, len(data), _BLOCK):
                 digest.update(data[start : start + _BLOCK])
                 _pwrite(self._files[number], data[start : start + _BLOCK], offset + start)
-            record = json.dumps({"name": name, "sha256": digest.hexdigest()}).encode() + b"\n"
+            record = {"name": name, "sha256": digest.hexdigest(), "inputs": dict(inputs or {})}
             with self._lock:
-                os.write(self._journal, record)
+                os.write(self._journal, json.dumps(record).encode() + b"\n")
+                self.inputs_of[name] = dict(inputs or {})
                 self.done[name] = digest.hexdigest()
         except OSError as error:
             raise _explain(error, self.target) from error
@@ -237,7 +245,7 @@ def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpe
     return shards
 
 
-def _parse(line: bytes) -> dict[str, str]:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError:
