@@ -49,10 +49,16 @@ class Weight:
 
 
 def _linear(
-    models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Weight], params: NoParams, key: str
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[Weight],
+    params: NoParams,
+    key: object,
 ) -> Tensor:
     total = sum(p.weight for p in model_params)
-    return sum((p.weight / total * m for p, m in zip(model_params, models, strict=True)), torch.zeros(()))
+    return sum(
+        (p.weight / total * m.float() for p, m in zip(model_params, models, strict=True)), torch.zeros(())
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class PlainLinear:
     sees: str = "elementwise"
     params: Any = NoParams
     model_params: Any = Weight
-    needs_base: bool = False
+    needs_base: str = "optional"
     min_models: int = 1
     max_models: int | None = None
-    run: Any = staticmethod(_linear)
+    run: Any = _linear

@@ -41,11 +41,17 @@ def build(
         "kind": kind,
         "recipe": dict(recipe),
         "seed": seed,
-        "versions": {"model_fusion": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "model_fusion": _version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "parents": [
             {"model": parent.source.spec, "licence": licence_of(parent.folder)} for parent in parents
         ],
-        "tensors": {name: {"sha256": outputs[name], "inputs": dict(inputs.get(name, {}))} for name in sorted(outputs)},
+        "tensors": {
+            name: {"sha256": outputs[name], "inputs": dict(inputs.get(name, {}))} for name in sorted(outputs)
+        },
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     return json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -1,7 +1,7 @@
 """Streams a plan's output tensors through a method: threads over tensors, float32 arithmetic, hashes in cache.
 
 Knows no YAML key and no tensor name. Memory: a thread holds one output tensor and, in float32, at most its
-inputs (a 4M-element chunk of them where the method is elementwise).
+inputs (cache-sized chunks of them where the method can be cut; methods cut themselves).
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from model_fusion.checkpoint.sources import resolve
 from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes, check_target
 from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
+from model_fusion.merge.methods import Key, get
 from model_fusion.merge.plan import Input, MergePlan, Method, Output
 from model_fusion.recipe.merge import MergeRecipe, load
 
@@ -33,8 +34,6 @@ def plan(recipe: Path | MergeRecipe, *, method: Method | None = None) -> MergePl
     folder = recipe.parent if isinstance(recipe, Path) else None
     parsed = load(recipe) if isinstance(recipe, Path) else recipe
     if method is None:
-        from model_fusion.merge.methods import get
-
         method = get(parsed.merge_method)
     planning.check_parameters(parsed, method)
     checkpoints = {name: open_checkpoint(resolve(name, folder)) for name in parsed.model_names()}
@@ -54,8 +53,7 @@ def merge(
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
-    `threads` 0 means one per core. Bytes written depend on neither threads nor shard order. Raises `InputError`
-    (nothing is left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
+    `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
@@ -140,28 +138,15 @@ class _Run:
 
     def _combine(self, item: Output, tensors: list[Tensor]) -> Tensor:
         models, base = tensors[: len(item.inputs)], tensors[-1] if item.base else None
-        method, key = self._work.method, f"{self._work.recipe.seed}:{item.spec.name}"
-        if method.sees != "elementwise":
-            floats = [tensor.float() for tensor in models]
-            whole = method.run(floats, base.float() if base is not None else None, item.model_params, item.params, key)
-            return self._rounded(item, whole)
-        result = torch.empty(item.spec.shape, dtype=item.spec.dtype)
-        flat = result.view(-1)
-        columns = [tensor.reshape(-1) for tensor in models]
-        ground = base.reshape(-1) if base is not None else None
-        for start in range(0, flat.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            floats = [column[part].float() for column in columns]
-            below = ground[part].float() if ground is not None else None
-            flat[part] = self._rounded(item, method.run(floats, below, item.model_params, item.params, key))
-        return result
+        key = Key(self._work.recipe.seed, item.spec.name)
+        return self._rounded(item, self._work.method.run(models, base, item.model_params, item.params, key))
 
     def _rounded(self, item: Output, value: Tensor) -> Tensor:
         rounded = value.to(item.spec.dtype)
         if not self._allow_nan and not _finite(rounded):
             kind = str(item.spec.dtype).removeprefix("torch.")
             raise InputError(
-                f"{self._work.method.name} made NaN or Inf in {item.spec.name!r} ({kind}): check the weights' sum "
+                f"{self._work.method.name} made NaN or Inf in {item.spec.name!r} ({kind}): check weights "
                 "and dtype, or pass --allow-nan"
             )
         return rounded
@@ -184,7 +169,7 @@ def _files(work: MergePlan) -> dict[str, bytes]:
 
 
 def _key(work: MergePlan) -> str:
-    """Identity of recipe and inputs: small files by content, large ones by size, time, inode and first bytes."""
+    """Identity of recipe and inputs: small files by content, large ones by size, time, inode, start."""
     digest = hashlib.sha256(work.recipe.model_dump_json().encode())
     for name, checkpoint in work.checkpoints.items():
         digest.update(name.encode())
@@ -192,7 +177,11 @@ def _key(work: MergePlan) -> str:
         for file in [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file()]:
             stat = file.stat()
             whole = stat.st_size <= _SMALL
-            facts: tuple[Any, ...] = (file.name, stat.st_size, *(() if whole else (stat.st_mtime_ns, stat.st_ino)))
+            facts: tuple[Any, ...] = (
+                file.name,
+                stat.st_size,
+                *(() if whole else (stat.st_mtime_ns, stat.st_ino)),
+            )
             digest.update(repr(facts).encode())
             with file.open("rb") as handle:
                 digest.update(handle.read(_SMALL if whole else 1 << 20))

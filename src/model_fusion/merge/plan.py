@@ -1,4 +1,4 @@
-"""From a recipe and opened checkpoints to a list of output tensors. Reads headers and configs, no weights but ties.
+"""From a recipe and opened checkpoints to a list of output tensors. Reads headers and configs.
 
 Every problem is collected, so that a user sees all of them at once and before any byte is written.
 """
@@ -10,7 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
-from model_fusion.architecture.roles import before_layers, main_stack, role_of, stacked_config, tied, with_layer
+from model_fusion.architecture.roles import (
+    before_layers,
+    main_stack,
+    role_of,
+    stacked_config,
+    tied,
+    with_layer,
+)
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.checkpoint.vocabulary import vocabulary
@@ -23,7 +30,7 @@ _WITHOUT_EFFECT = {"int8_mask"}
 
 
 class Method(Protocol):
-    """What planning must know of a merge method; the registry's entries fit. Parameter classes are dataclasses."""
+    """What planning must know of a merge method; the registry's entries fit."""
 
     @property
     def name(self) -> str: ...
@@ -34,7 +41,7 @@ class Method(Protocol):
     @property
     def model_params(self) -> Any: ...
     @property
-    def needs_base(self) -> bool: ...
+    def needs_base(self) -> str: ...
     @property
     def min_models(self) -> int: ...
     @property
@@ -85,7 +92,8 @@ class _Block:
 
 def check_parameters(recipe: MergeRecipe, method: Method) -> None:
     """Names of parameters against the method's own, before any model is looked for."""
-    valid = {*_names(method.params), *_names(method.model_params), *_WITHOUT_EFFECT}
+    own = [*_names(method.params), *_names(method.model_params)]
+    valid = {*(name.removesuffix("_") for name in own), *_WITHOUT_EFFECT}
     parts = [recipe, *(recipe.models or []), *(recipe.slices or [])]
     parts += [source for part in recipe.slices or [] for source in part.sources]
     for part in parts:
@@ -104,7 +112,9 @@ def build(recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint
         shown = planner.problems[:50]
         more = len(planner.problems) - len(shown)
         lines = "; ".join(shown) + (f"; and {more} more" if more else "")
-        raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
+        raise InputError(
+            lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}"
+        )
     return MergePlan(recipe, method, checkpoints, template, planner.outputs, planner.config())
 
 
@@ -145,7 +155,8 @@ class _Planner:
             for head in group[1:]:
                 holders = [c for c in self.checkpoints.values() if head in c and group[0] in c]
                 if all(
-                    c.spec(head).shape == c.spec(group[0]).shape and torch.equal(c.read(head), c.read(group[0]))
+                    c.spec(head).shape == c.spec(group[0]).shape
+                    and torch.equal(c.read(head), c.read(group[0]))
                     for c in holders
                 ):
                     found[head] = group[0]
@@ -159,33 +170,36 @@ class _Planner:
 
     def _check_models(self) -> None:
         method, recipe = self.method, self.recipe
-        if method.needs_base and recipe.base_model is None:
+        if method.needs_base == "required" and recipe.base_model is None:
             self.problems.append(f"{method.name} needs base_model")
         for part in recipe.slices or [_Block(recipe.models or [], [])]:
             count = len(self._models(part.sources))
             if count < method.min_models or (method.max_models is not None and count > method.max_models):
                 upper = "or more" if method.max_models is None else f"to {method.max_models}"
-                self.problems.append(f"{method.name} takes {method.min_models} {upper} models, the recipe gives {count}")
+                self.problems.append(
+                    f"{method.name} takes {method.min_models} {upper} models, the recipe gives {count}"
+                )
         kinds = {c.config.get("model_type") for c in self.checkpoints.values()} - {None}
         if len(kinds) > 1:
             self.problems.append(f"models of different architectures: {', '.join(sorted(map(str, kinds)))}")
 
     def _models(self, sources: Sequence[ModelEntry | SliceSource]) -> list[int]:
-        """Positions in `sources` of the models the method combines (the base apart, or first)."""
+        """Positions in `sources` of the models the method combines."""
         order = list(range(len(sources)))
-        base = self.recipe.base_model
-        if base is None:
-            return order
-        if self.method.needs_base:
-            return [i for i in order if sources[i].model != base]
-        order = sorted(order, key=lambda i: sources[i].model != base)
-        alone = self.method.max_models == 2 and len(sources) == 1 and sources[0].model != base
-        return [-1, *order] if alone else order  # slerp: t = 0 is the base, listed or not
+        return [i for i in order if sources[i].model != self.recipe.base_model] if self._apart() else order
+
+    def _apart(self) -> bool:
+        """Whether the method gets the base apart from its models. Where it is optional and the method is
+        elementwise (linear, passthrough) the base is a model like the others, and the template."""
+        kind = self.method.needs_base
+        return kind == "required" or (kind == "optional" and self.method.sees != "elementwise")
 
     def _check_vocabularies(self) -> None:
         wanted = self.recipe.tokenizer_source
         if wanted not in (None, "base", "union", *self.checkpoints):
-            self.problems.append(f"tokenizer_source {wanted!r} is none of base, union or a model of the recipe")
+            self.problems.append(
+                f"tokenizer_source {wanted!r} is none of base, union or a model of the recipe"
+            )
         template = self.recipe.chat_template
         if template not in (None, "auto") and "{" not in template:
             self.problems.append(f"chat_template {template!r} is neither auto nor a Jinja text")
@@ -194,7 +208,9 @@ class _Planner:
             other = vocabulary(checkpoint.folder)
             if own is not None and other is not None and own != other:
                 odd = next(iter(sorted(set(own.items()) ^ set(other.items()))))
-                self.problems.append(f"{name}: its vocabulary differs from {self.name}'s (at token {odd[0]!r})")
+                self.problems.append(
+                    f"{name}: its vocabulary differs from {self.name}'s (at token {odd[0]!r})"
+                )
 
     def _slices(self) -> None:
         parts = self.recipe.slices or []
@@ -226,27 +242,32 @@ class _Planner:
                 found = main_stack(self.checkpoints[source.model].names)
                 if found is None or source.layer_range[1] > found[1]:
                     have = found[1] if found else 0
-                    self.problems.append(f"layer_range {list(source.layer_range)}: {source.model} has {have} layers")
+                    self.problems.append(
+                        f"layer_range {list(source.layer_range)}: {source.model} has {have} layers"
+                    )
             block = _Block(part.sources, [part.parameters, self.recipe.parameters])
             for i in range(count):
                 if any(start + i >= length for start in starts):
+                    text = f"slices reach layer {max(starts) + count - 1}, {self.name} has {length} layers"
+                    self.problems.append(text)
                     break
                 new = len(self.order)
                 self.order.append(starts[0] + i)
                 for name in layered.get(starts[0] + i, []):
-                    self._add(with_layer(name, new), name, block, [s + i for s in starts], i / max(count - 1, 1))
+                    self._add(
+                        with_layer(name, new), name, block, [s + i for s in starts], i / max(count - 1, 1)
+                    )
 
     def _add(self, out: str, name: str, block: _Block, layers: Sequence[int], position: float) -> None:
         sliced = self.recipe.slices is not None and role_of(name).stack == (self.stack or ("",))[0]
         chosen = self._models(block.sources)
         base = self.recipe.base_model
-        inputs = []
-        for i in chosen:
-            model = base if i < 0 else block.sources[i].model
-            inputs.append(Input(str(model), with_layer(name, layers[i]) if sliced and i >= 0 else name))
-        listed = any(source.model == base for source in block.sources)
-        separate = base is not None and (self.method.needs_base or (not listed and -1 not in chosen))
-        base_input = Input(str(base), name) if separate else None
+        names = [with_layer(name, layer) if sliced else name for layer in layers]
+        inputs = [Input(block.sources[i].model, names[i]) for i in chosen]
+        base_input = None
+        if base is not None and self._apart():
+            place = next((i for i, source in enumerate(block.sources) if source.model == base), 0)
+            base_input = Input(base, names[place])
         spec = self._spec(out, [*inputs, *([base_input] if base_input else [])], name)
         if spec is None:
             return
@@ -255,8 +276,8 @@ class _Planner:
         if not copied:
             params = self._values(self.method.params, block.levels, name, position)
             for i in chosen:
-                own = {} if i < 0 else block.sources[i].parameters
-                each.append(self._values(self.method.model_params, [own, *block.levels], name, position))
+                levels = [block.sources[i].parameters, *block.levels]
+                each.append(self._values(self.method.model_params, levels, name, position))
         self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied))
 
     def _spec(self, out: str, inputs: Sequence[Input], name: str) -> TensorSpec | None:
@@ -290,7 +311,8 @@ class _Planner:
         given: dict[str, Any] = {}
         for key in _names(kind):
             for level in levels:
-                value = evaluate(level[key], name, position) if key in level else None
+                word = key.removesuffix("_")  # lambda is a keyword: the dataclasses spell it lambda_
+                value = evaluate(level[word], name, position) if word in level else None
                 if value is not None:
                     given[key] = value
                     break
@@ -338,4 +360,3 @@ class _Planner:
 
 def _names(kind: Any) -> list[str]:
     return [field.name for field in fields(kind)] if kind is not None else []
-
