@@ -40,11 +40,15 @@ class Field:
         if self.type == "text":
             return word
         if self.type == "array":
-            raise InputError(f"{self.name}: an array of shape {list(self.shape)} is given as JSON, got {word!r}")
+            raise InputError(
+                f"{self.name}: an array of shape {list(self.shape)} is given as JSON, got {word!r}"
+            )
         try:
             value: int | float = int(word) if self.type == "int" else float(word)
         except ValueError:
-            raise InputError(f"{self.name}: expected {'a whole' if self.type == 'int' else 'a'} number, got {word!r}") from None
+            raise InputError(
+                f"{self.name}: expected {'a whole' if self.type == 'int' else 'a'} number, got {word!r}"
+            ) from None
         return self._bounded(value)
 
     def check(self, value: Any) -> Any:
@@ -55,7 +59,9 @@ class Field:
             try:
                 array = np.asarray(value, dtype=np.float32)
             except (TypeError, ValueError):
-                raise InputError(f"{self.name}: expected numbers in an array of shape {list(self.shape)}") from None
+                raise InputError(
+                    f"{self.name}: expected numbers in an array of shape {list(self.shape)}"
+                ) from None
             if self.shape and array.shape != self.shape:
                 raise InputError(f"{self.name}: expected shape {list(self.shape)}, got {list(array.shape)}")
             if not np.isfinite(array).all():
@@ -118,7 +124,14 @@ class InputSchema:
     def to_json(self) -> list[dict[str, Any]]:
         """A JSON list that `from_json` reads back."""
         return [
-            {"name": f.name, "type": f.type, "low": f.low, "high": f.high, "choices": list(f.choices), "shape": list(f.shape)}
+            {
+                "name": f.name,
+                "type": f.type,
+                "low": f.low,
+                "high": f.high,
+                "choices": list(f.choices),
+                "shape": list(f.shape),
+            }
             for f in self.fields
         ]
 
@@ -126,13 +139,22 @@ class InputSchema:
     def from_json(cls, data: Sequence[dict[str, Any]]) -> InputSchema:
         return cls(
             tuple(
-                Field(d["name"], d["type"], d.get("low"), d.get("high"), tuple(d.get("choices", ())), tuple(d.get("shape", ())))
+                Field(
+                    d["name"],
+                    d["type"],
+                    d.get("low"),
+                    d.get("high"),
+                    tuple(d.get("choices", ())),
+                    tuple(d.get("shape", ())),
+                )
                 for d in data
             )
         )
 
     def __str__(self) -> str:
-        return ", ".join(f"{f.name} ({f.type}{' ' + str(list(f.shape)) if f.shape else ''})" for f in self.fields)
+        return ", ".join(
+            f"{f.name} ({f.type}{' ' + str(list(f.shape)) if f.shape else ''})" for f in self.fields
+        )
 
 
 def _range(low: float | None, high: float | None) -> str:

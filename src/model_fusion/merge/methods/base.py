@@ -1,0 +1,191 @@
+"""What a merge method is: a pure function of float32 tensors, its parameters, and how much it must see.
+
+Nothing here knows a file, a layer's name or a recipe. A tensor's name serves one thing: as part of the
+key of the random masks, so that a result does not depend on the order in which tensors are merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model_fusion.errors import InputError
+from model_fusion.merge.methods.selection import Cut
+
+CHUNK = 1 << 16
+"""Elements per chunk: a few float32 buffers of it fit in a core's second-level cache."""
+
+
+class Sees(StrEnum):
+    """How much of the inputs a method must see before it can write one output element."""
+
+    ELEMENTWISE = "elementwise"
+    ROW = "row"
+    TWO_PASS = "two-pass"
+    WHOLE_TENSOR = "whole-tensor"
+    MODEL_WIDE = "model-wide"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a result may depend on besides its tensors.
+
+    **Arguments**
+    seed, name: key of the random masks, together with the model's index.
+    masks: one bool tensor a model that replaces its random mask (parity tests hand the same to two programs).
+    cuts: one trimming cut a model, computed over all tensors (`trim="global"`).
+    """
+
+    seed: int = 0
+    name: str = ""
+    masks: Sequence[Tensor] | None = None
+    cuts: Sequence[Cut] | None = None
+
+
+@dataclass(frozen=True)
+class NoParams:
+    """A method, or its models, without parameters."""
+
+
+def check_unit(name: str, value: float) -> None:
+    """Raises InputError where `value` is not a share."""
+    if not 0.0 <= value <= 1.0:
+        raise InputError(f"{name} must lie in [0, 1], got {value:g}")
+
+
+Statistics = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any], Any, Key], Any]
+Chunk = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any], Any, Key, Any, int], Tensor]
+Whole = Callable[[Sequence[Tensor], Tensor | None, Sequence[Any], Any, Key], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One merge method.
+
+    **Arguments**
+    params, model_params: dataclasses of the method's and of each model's parameters.
+    needs_base: whether a base tensor is required, optional or forbidden.
+    min_models, max_models: how many models besides the base (None: no limit).
+    statistics: `(models, base, model_params, params, key) -> state`, from whole tensors of any float dtype
+        (they are widened block by block).
+    chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at
+        flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
+    whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
+    base_is_first: the models' first is the point of departure (t = 0) when no base is named.
+    """
+
+    name: str
+    sees: Sees
+    params: type
+    model_params: type
+    needs_base: Literal["required", "optional", "forbidden"]
+    min_models: int = 1
+    max_models: int | None = None
+    statistics: Statistics | None = None
+    chunk: Chunk | None = None
+    whole: Whole | None = None
+
+    def check(self, models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Any]) -> None:
+        """Raises InputError where the number of models, the base or the shapes do not fit."""
+        n = len(models)
+        if n < self.min_models or (self.max_models is not None and n > self.max_models):
+            most = "any number" if self.max_models is None else self.max_models
+            raise InputError(
+                f"{self.name} takes {self.min_models} to {most} models besides the base, got {n}"
+            )
+        if self.needs_base == "required" and base is None:
+            raise InputError(f"{self.name} needs a base model: name one as base_model")
+        if self.needs_base == "forbidden" and base is not None:
+            raise InputError(f"{self.name} takes no base model: remove base_model")
+        if len(model_params) != n:
+            raise InputError(f"{self.name}: {n} models but parameters for {len(model_params)}")
+        shapes = {tuple(t.shape) for t in (*models, *(() if base is None else (base,)))}
+        if len(shapes) > 1:
+            raise InputError(f"{self.name}: tensors of one name must have one shape, got {sorted(shapes)}")
+
+    def run(
+        self,
+        models: Sequence[Tensor],
+        base: Tensor | None = None,
+        model_params: Sequence[Any] | None = None,
+        params: Any = None,
+        key: Key | None = None,
+        chunk_size: int = CHUNK,
+    ) -> Tensor:
+        """The merged tensor, float32, of the inputs' shape. Inputs are not changed.
+
+        **Raises** InputError where number, base, shapes or weights do not fit.
+        """
+        params = self.params() if params is None else params
+        model_params = [self.model_params() for _ in models] if model_params is None else model_params
+        key = key or Key()
+        self.check(models, base, model_params)
+        shape = models[0].shape
+        if models[0].numel() == 0:
+            return torch.empty(shape, dtype=torch.float32, device=models[0].device)
+        if self.whole is not None:
+            floats = [m.float() for m in models]
+            return self.whole(floats, None if base is None else base.float(), model_params, params, key).view(
+                shape
+            )
+        assert self.chunk is not None
+        state = None if self.statistics is None else self.statistics(models, base, model_params, params, key)
+        flat = [m.reshape(-1) for m in models]
+        flat_base = None if base is None else base.reshape(-1)
+        out = torch.empty(flat[0].numel(), dtype=torch.float32, device=flat[0].device)
+        for start in range(0, out.numel(), chunk_size):
+            part = slice(start, start + chunk_size)
+            chunk_base = None if flat_base is None else flat_base[part]
+            out[part] = self.chunk(
+                [m[part] for m in flat], chunk_base, model_params, params, key, state, start
+            )
+        return out.view(shape)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Adds a method; raises ValueError where the name is taken."""
+    if method.name in _METHODS:
+        raise ValueError(f"method {method.name} is registered twice")
+    if (method.chunk is None) == (method.whole is None):
+        raise ValueError(f"method {method.name} needs either chunk or whole")
+    _METHODS[method.name] = method
+    return method
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word closest to a misspelt one."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def get(name: str) -> Method:
+    """The method of that name; InputError names the nearest otherwise."""
+    if name not in _METHODS:
+        raise InputError(f"unknown merge method {name!r}; did you mean {nearest(name, list(_METHODS))!r}?")
+    return _METHODS[name]
+
+
+def all_methods() -> list[Method]:
+    """Every registered method, by name."""
+    return [_METHODS[name] for name in sorted(_METHODS)]
+
+
+def build(kind: type, values: dict[str, Any], owner: str) -> Any:
+    """A parameter dataclass from plain values (`lambda` means `lambda_`); unknown names are InputErrors."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    renamed = {"lambda_" if k == "lambda" else k: v for k, v in values.items()}
+    for name in renamed:
+        if name not in names:
+            hint = f"; did you mean {nearest(name, names)!r}?" if names else " (it takes none)"
+            raise InputError(f"{owner} has no parameter {name!r}{hint}")
+    return kind(**renamed)
