@@ -1,4 +1,4 @@
-"""`base+lora`: a checkpoint whose tensors have a LoRA adapter added as they are read. No peft, no model code."""
+"""`base+lora`: a checkpoint whose tensors have a LoRA adapter added as they are read. No peft needed."""
 
 import math
 import re

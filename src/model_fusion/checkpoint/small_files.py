@@ -1,4 +1,4 @@
-"""Which of a source folder's small files (tokenizer, chat template, generation config) belong in an output."""
+"""Which of a source folder's small files (tokenizer, chat template …) belong in an output."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """The atomic writer: shards laid out first, each tensor written once at its place, the folder renamed last.
 
 Until `finish`, everything lives in `.NAME.partial` beside the target, in files no loader looks for. A journal
-there, keyed by recipe and inputs, lets a killed run continue: what it lists is hashed again before it is trusted.
+there, keyed by recipe and inputs, lets a killed run continue: what it lists is hashed again before use.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Streams a plan's output tensors through a method: threads over tensors, float32 arithmetic, hashes in cache.
+"""Streams a plan's output tensors through a method: threads over tensors, float32, hashes in cache.
 
 Knows no YAML key and no tensor name. Memory: a thread holds one output tensor and, in float32, at most its
 inputs (cache-sized chunks of them where the method can be cut; methods cut themselves).
@@ -30,7 +30,7 @@ _SMALL = 64 << 20
 
 
 def plan(recipe: Path | MergeRecipe, *, method: Method | None = None) -> MergePlan:
-    """Resolve and check everything; writes nothing. `method` stands in for the registry's entry of that name."""
+    """Resolve and check everything; writes nothing. `method` replaces the registry's entry."""
     folder = recipe.parent if isinstance(recipe, Path) else None
     parsed = load(recipe) if isinstance(recipe, Path) else recipe
     if method is None:
@@ -53,7 +53,8 @@ def merge(
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
-    `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
+    `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is left
+    behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
