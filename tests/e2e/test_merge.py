@@ -42,9 +42,7 @@ def room(tmp_path: Path) -> Path:
 def linear(weights: tuple[float, float]) -> dict[str, Any]:
     return {
         "merge_method": "linear",
-        "models": [
-            {"model": m, "parameters": {"weight": w}} for m, w in zip("AB", weights, strict=True)
-        ],
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in zip("AB", weights, strict=True)],
     }
 
 
@@ -158,7 +156,10 @@ def test_lora_is_applied_on_the_fly(room: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
     low, high = torch.randn(2, 8), torch.randn(8, 2)
     prefix = f"base_model.model.{name}"
-    save_file({f"{prefix}.lora_A.weight": low, f"{prefix}.lora_B.weight": high}, adapter / "adapter_model.safetensors")
+    save_file(
+        {f"{prefix}.lora_A.weight": low, f"{prefix}.lora_B.weight": high},
+        adapter / "adapter_model.safetensors",
+    )
     recipe = {"merge_method": "passthrough", "dtype": "float32", "models": [{"model": "a+adapter"}]}
     got = load_file(run(room, recipe) / "model.safetensors")
     exact = tensors(0)[f"{name}.weight"].float() + 4 * high @ low
@@ -221,7 +222,9 @@ def test_merge_imports_no_model_code(room: Path) -> None:
 
 def test_every_level_of_a_slice_is_read() -> None:
     source = {"model": "m", "layer_range": [0, 2], "parameters": {"scale": 2}}
-    parsed = parse({"merge_method": "passthrough", "slices": [{"sources": [source], "parameters": {"scale": 3}}]})
+    parsed = parse(
+        {"merge_method": "passthrough", "slices": [{"sources": [source], "parameters": {"scale": 3}}]}
+    )
     assert parsed.slices is not None
     assert parsed.slices[0].sources[0].parameters == {"scale": 2}
     assert parsed.slices[0].parameters == {"scale": 3}
