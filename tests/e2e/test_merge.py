@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from merge_fixtures import LAYERS, PlainLinear, tensors, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge_fixtures import LAYERS, PlainLinear, tensors, write
 from model_fusion.checkpoint.lineage import verify
 from model_fusion.errors import IntegrityError
 from model_fusion.merge import engine
