@@ -73,7 +73,7 @@ def with_layer(name: str, layer: int) -> str:
 
 
 def before_layers(name: str) -> bool:
-    """Whether a tensor outside the stack acts before the first layer (embeddings) rather than after the last."""
+    """Whether a tensor outside the stack acts before the first layer rather than after the last."""
     return role_of(name).role in ("embedding", "tower") or "embed" in name
 
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,8 +97,10 @@ def _entry(file: Path, start: int, name: str, info: object) -> Entry:
     where = f"{file}: tensor {name!r}"
     if not isinstance(info, dict):
         raise InputError(f"{where}: corrupt header entry")
-    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if dtype not in DTYPES:
+    dtype: Any = info.get("dtype")
+    shape: Any = info.get("shape")
+    offsets: Any = info.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{where}: unknown dtype {dtype!r}")
     for label, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):

@@ -1,4 +1,4 @@
-"""`model_fusion.json`: where a checkpoint came from, and the hashes that prove it. No time stamps: runs repeat."""
+"""`model_fusion.json`: where a checkpoint came from, and the hashes that prove it. No times: runs repeat."""
 
 import hashlib
 import json

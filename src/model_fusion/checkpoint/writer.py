@@ -48,7 +48,8 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> No
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The contiguous tensor's bytes, without a copy."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+    array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 class CheckpointWriter:

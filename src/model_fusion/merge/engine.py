@@ -53,8 +53,8 @@ def merge(
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
-    `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is left
-    behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
+    `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is
+    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
@@ -131,7 +131,7 @@ class _Run:
         for source, tensor in zip(sources, tensors, strict=True):
             # a finite sum has finite terms: the exact test runs only where the cheap one fails
             flat = tensor.reshape(-1)
-            if not all(_finite(part) for part in flat.split(_CHUNK)):
+            if not all(_finite(part) for part in torch.split(flat, _CHUNK)):
                 file = self._checkpoint(source).file_of(source.tensor)
                 self._bad.append(f"{file}: {source.tensor}")
                 found = True

@@ -172,8 +172,9 @@ class _Planner:
         method, recipe = self.method, self.recipe
         if method.needs_base == "required" and recipe.base_model is None:
             self.problems.append(f"{method.name} needs base_model")
-        for part in recipe.slices or [_Block(recipe.models or [], [])]:
-            count = len(self._models(part.sources))
+        groups: list[Sequence[ModelEntry | SliceSource]] = [part.sources for part in recipe.slices or []]
+        for group in groups or [recipe.models or []]:
+            count = len(self._models(group))
             if count < method.min_models or (method.max_models is not None and count > method.max_models):
                 upper = "or more" if method.max_models is None else f"to {method.max_models}"
                 self.problems.append(

@@ -64,7 +64,11 @@ def _drop_(task: Tensor, density: float, key: Key, model: int, start: int) -> Te
 
 
 def _factors(
-    models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Trimmed], params: DareParams, key: Key
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[Trimmed],
+    params: DareParams,
+    key: Key,
 ) -> list[float]:
     """Each model's rescaling factor."""
     if params.mode == "none":

@@ -83,7 +83,11 @@ def keep_rows(size: Tensor, density: float, epsilon: float, key: Key, model: int
 
 
 def _masks(
-    models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Ranked], params: DareParams, key: Key
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[Ranked],
+    params: DareParams,
+    key: Key,
 ) -> list[tuple[Tensor | None, float]]:
     """Each model's flat keep mask (None: everything) and rescaling factor."""
     assert base is not None

@@ -43,7 +43,11 @@ def _outside(deltas: Sequence[Tensor], cut: Cut, start: int) -> Tensor:
 
 
 def _select(
-    models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[NoParams], params: SceParams, key: Key
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    model_params: Sequence[NoParams],
+    params: SceParams,
+    key: Key,
 ) -> tuple[Cut | None, list[float]]:
     """The variance's cut (None: everything) and each model's weight."""
     assert base is not None
