@@ -53,6 +53,31 @@ def test_writing_into_a_read_tensor_leaves_the_file_alone(tmp_path: Path) -> Non
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def interrupted(target: Path) -> None:
+    with CheckpointWriter(target, SPECS, key="k") as writer:
+        writer.write("a", STATE["a"])
+        raise KeyboardInterrupt
+
+
+def one_tensor_only(target: Path) -> None:
+    with CheckpointWriter(target, SPECS, key="k") as writer:
+        writer.write("a", STATE["a"])
+        writer.finish({})
+
+
+def written_with(
+    target: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: object, finish: bool
+) -> None:
+    """All tensors written; `os.name` replaced before the last write, or before `finish`."""
+    with CheckpointWriter(target, SPECS, key="k") as writer:
+        for tensor in STATE:
+            if not finish:
+                monkeypatch.setattr(os, name, call)
+            writer.write(tensor, STATE[tensor])
+        monkeypatch.setattr(os, name, call)
+        writer.finish({})
+
+
 def test_written_folder_is_read_by_the_library(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", SPECS, key="k") as writer:
         for name, tensor in reversed(STATE.items()):
@@ -64,9 +89,8 @@ def test_written_folder_is_read_by_the_library(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_a_partial_folder_that_nothing_loads_and_resume_ends_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", SPECS, key="k") as writer:
-        writer.write("a", STATE["a"])
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert sorted(p.name for p in (tmp_path / ".out.partial").iterdir()) == [
         "journal",
@@ -81,9 +105,8 @@ def test_ctrl_c_keeps_a_partial_folder_that_nothing_loads_and_resume_ends_it(tmp
 
 
 def test_another_key_starts_again(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", SPECS, key="k") as writer:
-        writer.write("a", STATE["a"])
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "out")
     with CheckpointWriter(tmp_path / "out", SPECS, key="other", resume=True) as writer:
         assert writer.done == {}
 
@@ -97,12 +120,8 @@ def test_two_writers_of_one_target_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_was_never_written_stops_the_folder(tmp_path: Path) -> None:
-    with (
-        pytest.raises(InputError, match="'b' was planned"),
-        CheckpointWriter(tmp_path / "out", SPECS, key="k") as w,
-    ):
-        w.write("a", STATE["a"])
-        w.finish({})
+    with pytest.raises(InputError, match="'b' was planned"):
+        one_tensor_only(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,12 +129,8 @@ def test_disk_full_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with (
-        pytest.raises(InputError, match="disk full"),
-        CheckpointWriter(tmp_path / "out", SPECS, key="k") as writer,
-    ):
-        monkeypatch.setattr(os, "pwrite", full)
-        writer.write("a", STATE["a"])
+    with pytest.raises(InputError, match="disk full"):
+        written_with(tmp_path / "out", monkeypatch, "pwrite", full, finish=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,14 +144,8 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch:
             raise OSError(errno.EIO, "broken")
         real(source, target)
 
-    with (
-        pytest.raises(InputError, match="broken"),
-        CheckpointWriter(tmp_path / "out", SPECS, key="k") as writer,
-    ):
-        for name, tensor in STATE.items():
-            writer.write(name, tensor)
-        monkeypatch.setattr(os, "rename", fail)
-        writer.finish({})
+    with pytest.raises(InputError, match="broken"):
+        written_with(tmp_path / "out", monkeypatch, "rename", fail, finish=True)
     assert (tmp_path / "out" / "keep").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
