@@ -1,0 +1,112 @@
+"""What a checkpoint's tensors mean: layer, role, tied groups; from names and the raw config alone.
+
+No model class is imported: names on disk are the published ones, while transformers renames and fuses them.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)$")
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio|image|speech)[\w]*\.")
+_ROLES: tuple[tuple[str, str], ...] = (
+    ("head", r"(^|\.)(lm_head|embed_out|score|classifier)\b"),
+    ("embedding", r"(embed_tokens|wte|wpe|word_embeddings|position_embeddings|embed_in)\b"),
+    ("router", r"(mlp|block_sparse_moe|feed_forward)\.(gate|router)\b"),
+    ("expert", r"experts?\."),
+    ("norm", r"(norm|ln_\w+|layernorm|LayerNorm)\w*\b"),
+    ("attention", r"(attn|attention)"),
+    ("mlp", r"(mlp|feed_forward|ffn|fc\d|intermediate|output\.dense)"),
+)
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass(frozen=True)
+class Role:
+    """`stack` is the prefix before the layer number ("model.layers"); both are None outside a layer stack.
+    `transposed` marks GPT-2's Conv1D, stored [in, out] where Linear stores [out, in]."""
+
+    name: str
+    role: str
+    stack: str | None
+    layer: int | None
+    transposed: bool = False
+
+
+def role_of(name: str, config: Mapping[str, Any] | None = None) -> Role:
+    """Layer and role of one tensor name."""
+    match = _LAYER.match(name)
+    stack, layer = (match.group(1), int(match.group(2))) if match else (None, None)
+    role = next((label for label, pattern in _ROLES if re.search(pattern, name)), "other")
+    if _TOWER.search(name):
+        role = "tower"
+    transposed = (config or {}).get("model_type") == "gpt2" and _CONV1D.search(name) is not None
+    return Role(name, role, stack, layer, transposed)
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """Layer stacks and their lengths: {"model.layers": 32}."""
+    found: dict[str, int] = {}
+    for name in names:
+        role = role_of(name)
+        if role.stack is not None and role.layer is not None:
+            found[role.stack] = max(found.get(role.stack, 0), role.layer + 1)
+    return found
+
+
+def main_stack(names: Iterable[str]) -> tuple[str, int] | None:
+    """The language model's own layer stack: the longest outside vision and audio towers."""
+    found = stacks(names)
+    language = {s: n for s, n in found.items() if not _TOWER.search(s + ".")} or found
+    return max(language.items(), key=lambda item: item[1]) if language else None
+
+
+def with_layer(name: str, layer: int) -> str:
+    """The same tensor in another layer."""
+    match = _LAYER.match(name)
+    return f"{match.group(1)}.{layer}.{match.group(3)}" if match else name
+
+
+def before_layers(name: str) -> bool:
+    """Whether a tensor outside the stack acts before the first layer rather than after the last."""
+    return role_of(name).role in ("embedding", "tower") or "embed" in name
+
+
+def tied(config: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of names that are one tensor: the head and the input embedding, where the config ties them."""
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    # transformers' default is tied; the families that untie say so in their config
+    if not config.get("tie_word_embeddings", inner if inner is not None else True):
+        return []
+    known = list(names)
+    embedding = next((name for name in known if _EMBEDDINGS.search(name)), None)
+    heads = [name for name in known if name.endswith(_HEADS)]
+    return [(embedding, *heads)] if embedding and heads else []
+
+
+def stacked_config(config: Mapping[str, Any], sources: Sequence[int], length: int) -> dict[str, Any]:
+    """The config of a model whose layers are `sources` (indices into a model of `length` layers).
+
+    Every per-layer list of the old length is re-sliced, lists of layer numbers are renumbered, counts set.
+    """
+    result = copy.deepcopy(dict(config))
+    text = result.get("text_config")
+    inner: dict[str, Any] = text if isinstance(text, dict) else result
+    if list(sources) == list(range(length)):
+        return result
+    for key, value in list(inner.items()):
+        if key in _COUNTS and value == length:
+            inner[key] = len(sources)
+        elif key in ("max_window_layers",) and isinstance(value, int):
+            inner[key] = len(sources) if value >= length else sum(1 for s in sources if s < value)
+        elif key in ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices") and isinstance(value, list):
+            inner[key] = [i for i, source in enumerate(sources) if source in value]
+        elif isinstance(value, list) and len(value) == length and ("layer" in key or length > 8):
+            inner[key] = [value[source] for source in sources]
+    return result

@@ -1,0 +1,178 @@
+"""Lazy readers: a checkpoint's tensors as memory-mapped views, whatever its shards. Knows no method."""
+
+import json
+import mmap
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_fusion.checkpoint.formats import Entry, TensorSpec, read_header
+from model_fusion.checkpoint.sources import Source
+from model_fusion.errors import InputError
+
+_QUANTISED = ("quantization_config", "compression_config")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` names the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not valid JSON ({error})") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object")
+    return value
+
+
+class Checkpoint:
+    """A folder's config and tensors. `specs` is known after opening; `read` maps one tensor.
+
+    Tensors are views of private (copy-on-write) maps: treat them as read-only. Thread-safe.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.folder = source.folder
+        config = self.folder / "config.json"
+        self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        for key in _QUANTISED:
+            if self.config.get(key):
+                raise InputError(
+                    f"{config}: quantised weights ({key}) cannot be merged; dequantise them first"
+                )
+        self._entries: dict[str, Entry] = {}
+        self._pickled: dict[str, tuple[Path, Tensor]] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        index, bin_index = (
+            self.folder / f"{n}.index.json" for n in ("model.safetensors", "pytorch_model.bin")
+        )
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            self._open_index(index)
+        elif single.is_file():
+            self._add(read_header(single))
+        elif bin_index.is_file():
+            self._open_index(bin_index)
+        elif (self.folder / "pytorch_model.bin").is_file():
+            self._load_pickle(self.folder / "pytorch_model.bin")
+        else:
+            files = sorted(self.folder.glob("*.safetensors"))
+            if not files:
+                raise InputError(
+                    f"{self.folder}: no weights (no model.safetensors, index or pytorch_model.bin)"
+                )
+            for file in files:
+                self._add(read_header(file))
+        if not self._entries and not self._pickled:
+            raise InputError(f"{self.folder}: the weight files hold no tensors")
+
+    def _open_index(self, index: Path) -> None:
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise InputError(f"{index}: no weight_map")
+        for name in sorted(set(table.values())):
+            if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+                raise InputError(f"{index}: shard {name!r} leads outside the folder")
+            file = self.folder / name
+            if not file.is_file():
+                raise InputError(f"{file}: shard named in {index.name} is missing")
+            if name.endswith(".safetensors"):
+                self._add(read_header(file))
+            else:
+                self._load_pickle(file)
+        absent = sorted(set(table) - set(self.names))
+        if absent:
+            raise InputError(f"{index}: names tensor {absent[0]!r}, which {table[absent[0]]} does not hold")
+        for name in sorted(set(self.names)):
+            if name not in table:
+                raise InputError(f"{index}: tensor {name!r} of {self.file_of(name).name} is not in the index")
+            if table[name] != self.file_of(name).name:
+                raise InputError(
+                    f"{index}: says {table[name]} holds {name!r}, {self.file_of(name).name} does"
+                )
+
+    def _add(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if entry.name in self._entries:
+                other = self._entries[entry.name].file.name
+                raise InputError(f"{entry.file}: tensor {entry.name!r} is also in {other}")
+            self._entries[entry.name] = entry
+
+    def _load_pickle(self, file: Path) -> None:
+        try:
+            table = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+            reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "damaged"
+            raise InputError(f"{file}: refused ({reason}); save it as safetensors") from error
+        if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
+            table = table["state_dict"]
+        if not isinstance(table, dict):
+            raise InputError(f"{file}: not a state dict")
+        for name, tensor in table.items():
+            if isinstance(tensor, Tensor):
+                self._pickled[str(name)] = (file, tensor)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self._entries, *self._pickled]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._pickled
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return (self.spec(name) for name in self.names)
+
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._entries:
+            entry = self._entries[name]
+            return TensorSpec(name, entry.dtype, entry.shape)
+        tensor = self._pickled[name][1]
+        return TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+
+    def file_of(self, name: str) -> Path:
+        return self._entries[name].file if name in self._entries else self._pickled[name][0]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in its stored dtype and shape, as a view of the file."""
+        if name in self._pickled:
+            return self._pickled[name][1].detach()
+        entry = self._entries[name]
+        with self._lock:
+            if entry.file not in self._maps:
+                self._maps[entry.file] = _map(entry.file)
+        return map_tensor(entry, self._maps[entry.file])
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as handle:
+        # ACCESS_COPY: writable in torch's eyes (no warning), and never written through to the file
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
+    """One tensor as a view of its file."""
+    count = (entry.end - entry.begin) // entry.dtype.itemsize
+    if count == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    buffer = _map(entry.file) if mapped is None else mapped
+    return torch.frombuffer(buffer, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """The checkpoint of a source, its adapter applied on the fly where it has one."""
+    if source.adapter is None:
+        return Checkpoint(source)
+    from model_fusion.checkpoint.lora import AdaptedCheckpoint
+
+    return AdaptedCheckpoint(source)

@@ -1,0 +1,15 @@
+"""Which of a source folder's small files (tokenizer, chat template …) belong in an output."""
+
+from pathlib import Path
+
+
+def small_files(folder: Path) -> list[str]:
+    """Names of a source folder's small files that belong in the output."""
+    return [name for name in sorted(p.name for p in folder.iterdir() if p.is_file()) if _kept(name)]
+
+
+def _kept(name: str) -> bool:
+    exact = {"generation_config.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json"}
+    exact |= {"added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json"}
+    exact |= {"preprocessor_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+    return name in exact or (name.startswith("tokenizer") and name.endswith(".json"))

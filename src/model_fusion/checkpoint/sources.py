@@ -1,0 +1,68 @@
+"""Where a model's files are: a local folder, a hub id with a revision, or `base+lora`.
+
+Knows nothing about tensors. Hub access is imported only when a hub id is really asked for.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_fusion.errors import InputError, MissingDependencyError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One resolved input: its text in the recipe, its folder, and the folder of a LoRA adapter on top."""
+
+    spec: str
+    folder: Path
+    adapter: Path | None = None
+
+
+def resolve(spec: str, relative_to: Path | None = None) -> Source:
+    """Find the folder(s) a recipe's model text means.
+
+    Raises `InputError` for a path without a folder, and for a hub id that cannot be fetched.
+    """
+    whole = _local(spec, relative_to)
+    if whole is not None:
+        return Source(spec, whole)
+    base, plus, adapter = spec.partition("+")
+    if plus and base and adapter:
+        return Source(spec, _folder(base, relative_to), _folder(adapter, relative_to))
+    return Source(spec, _folder(spec, relative_to))
+
+
+def _local(text: str, relative_to: Path | None) -> Path | None:
+    path = Path(text).expanduser()
+    candidates = [path] if relative_to is None or path.is_absolute() else [path, relative_to / path]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate.resolve()
+        if candidate.is_file():
+            raise InputError(f"{text!r} is a file; give the folder that holds config.json and the weights")
+    return None
+
+
+def _folder(text: str, relative_to: Path | None) -> Path:
+    found = _local(text, relative_to)
+    if found is not None:
+        return found
+    name, _, revision = text.partition("@")
+    looks_like_path = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.sep + os.sep in text
+    if looks_like_path or "/" not in name or not _HUB_ID.fullmatch(name):
+        raise InputError(f"no such folder: {text!r} (neither a local folder nor an owner/name hub id)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        message = f"no such folder: {text!r}; to fetch it as a hub id, install model-fusion[fuse]"
+        raise MissingDependencyError(message) from error
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"no such folder: {text!r}, and the hub did not give it either ({first})") from error

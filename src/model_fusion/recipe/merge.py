@@ -1,0 +1,157 @@
+"""What a merge recipe may say: mergekit's YAML, read strictly.
+
+Unknown keys are errors that name the nearest valid key. Knows no file but the recipe's own.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from model_fusion.errors import InputError
+from model_fusion.recipe.parameters import check_value
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Parameters = dict[str, Any]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parameters: Parameters = Field(default_factory=dict)
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        if isinstance(value, dict):
+            for name, item in value.items():
+                check_value(str(name), item)
+        return value
+
+
+class ModelEntry(_Part):
+    """One input model of the whole-model form."""
+
+    model: str
+
+
+class SliceSource(_Part):
+    """Layers [start, end) of one model."""
+
+    model: str
+    layer_range: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _range(self) -> "SliceSource":
+        start, end = self.layer_range
+        if start < 0 or end <= start:
+            raise ValueError(f"layer_range [{start}, {end}] of {self.model} is empty: give [first, last + 1]")
+        return self
+
+
+class Slice(_Part):
+    """Output layers made from equally long ranges of one or more models."""
+
+    sources: list[SliceSource] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "Slice":
+        lengths = {s.layer_range[1] - s.layer_range[0] for s in self.sources}
+        if len(lengths) > 1:
+            raise ValueError(f"sources of one slice have layer ranges of different lengths {sorted(lengths)}")
+        return self
+
+
+class MergeRecipe(_Part):
+    """A merge: the method, its models (or slices of them), and parameters at every level.
+
+    `seed` (ours) keys the random methods; it is recorded in the lineage.
+    """
+
+    merge_method: str
+    models: list[ModelEntry] | None = None
+    slices: list[Slice] | None = None
+    base_model: str | None = None
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    name: str | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "MergeRecipe":
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("give either `models` or `slices` (one of them, not both)")
+        if not (self.models or self.slices):
+            raise ValueError("the recipe names no models")
+        return self
+
+    def model_names(self) -> list[str]:
+        """Every model's text in order of appearance, the base last if it appears nowhere else."""
+        found = [entry.model for entry in self.models or []]
+        found += [source.model for part in self.slices or [] for source in part.sources]
+        if self.base_model:
+            found.append(self.base_model)
+        return list(dict.fromkeys(found))
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the valid words, to end an error message with."""
+    options = list(valid)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(options))}"
+
+
+def load(path: Path) -> MergeRecipe:
+    """Read a recipe file. Raises `InputError` with one line: what is wrong, where, what would be right."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise InputError(f"no such recipe: {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        raise InputError(f"{path}{line}: not valid YAML") from error
+    if len(documents) != 1:
+        raise InputError(
+            f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file"
+        )
+    return parse(documents[0], str(path))
+
+
+def parse(data: Any, where: str = "recipe") -> MergeRecipe:
+    """A recipe from plain data."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected keys such as merge_method and models")
+    _check_keys(data, MergeRecipe, where)
+    for i, entry in enumerate(_items(data.get("models"))):
+        _check_keys(entry, ModelEntry, f"{where}: models[{i}]")
+    for i, part in enumerate(_items(data.get("slices"))):
+        _check_keys(part, Slice, f"{where}: slices[{i}]")
+        for j, source in enumerate(_items(part.get("sources"))):
+            _check_keys(source, SliceSource, f"{where}: slices[{i}].sources[{j}]")
+    try:
+        return MergeRecipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+
+
+def _items(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _check_keys(data: dict[str, Any], kind: type[BaseModel], where: str) -> None:
+    for key in data:
+        if key not in kind.model_fields:
+            raise InputError(f"{where}: unknown key {str(key)!r}; {nearest(str(key), kind.model_fields)}")
