@@ -46,9 +46,7 @@ from model_fusion.fuse.experts.scored import ScoredExpert
 TABLE = InputSchema((Field("total", "int", 4, 21), Field("dealer", "int", 1, 10), Field("ace", "bool")))
 ITEMS = [(16, 10, False), (12, 3, True), (21, 1, False), (8, 6, False)]
 RNG = np.random.default_rng(0)
-X = np.column_stack([RNG.integers(4, 22, 200), RNG.integers(1, 11, 200), RNG.integers(0, 2, 200)]).astype(
-    float
-)
+X = np.column_stack([RNG.integers(4, 22, 200), RNG.integers(1, 11, 200), RNG.integers(0, 2, 200)]).astype(float)
 Y = np.where(X[:, 0] >= 17, "stick", "hit")
 VALUE = X[:, 0] * 2.0 + X[:, 1]
 NAMES = ("hit", "stick")
@@ -98,9 +96,7 @@ class Case:
 
 
 CASES = {
-    "torch": Case(
-        lambda: Expert.from_torch(network(), TABLE, classes=NAMES), (1, 2), lambda: network(seed=9)
-    ),
+    "torch": Case(lambda: Expert.from_torch(network(), TABLE, classes=NAMES), (1, 2), lambda: network(seed=9)),
     "torch-tap": Case(
         lambda: Expert.from_torch(network(), TABLE, classes=NAMES, tap="1"), (1, 8), lambda: network(seed=9)
     ),
@@ -111,9 +107,7 @@ CASES = {
         lambda: Expert.from_sklearn(RandomForestRegressor(5, random_state=0).fit(X, VALUE), TABLE), (1, 1)
     ),
     "boosting-leaves": Case(
-        lambda: Expert.from_sklearn(
-            GradientBoostingClassifier(n_estimators=5).fit(X, Y), TABLE, tap="leaves"
-        ),
+        lambda: Expert.from_sklearn(GradientBoostingClassifier(n_estimators=5).fit(X, Y), TABLE, tap="leaves"),
         (1, 64),
     ),
     "boosting-value": Case(
@@ -123,9 +117,7 @@ CASES = {
     "svm": Case(lambda: Expert.from_sklearn(LinearSVC().fit(X, Y), TABLE, tap="decision_function"), (1, 1)),
     "onnx": Case(lambda: Expert.from_onnx(graph(), TABLE, classes=NAMES), (1, 2)),
     "onnx-tap": Case(lambda: Expert.from_onnx(graph(), TABLE, classes=NAMES, tap="inner"), (1, 3)),
-    "callable": Case(
-        lambda: Expert.from_callable(likely_stick, TABLE, classes=NAMES), (1, 2), lambda: likely_stick
-    ),
+    "callable": Case(lambda: Expert.from_callable(likely_stick, TABLE, classes=NAMES), (1, 2), lambda: likely_stick),
     "callable-value": Case(
         lambda: Expert.from_callable(lambda items: [t for t, _, _ in items], TABLE, output="value"),
         (1, 1),
@@ -229,9 +221,7 @@ def test_contract_goes_red_without_the_softmax(monkeypatch: pytest.MonkeyPatch) 
         check_contract(CASES["torch"].build(), (1, 2))
 
 
-def test_roundtrip_goes_red_when_weights_are_not_filled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roundtrip_goes_red_when_weights_are_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_fusion.fuse.experts.torch_module._fill", lambda module, state, where: None)
     with pytest.raises(AssertionError):
         check_roundtrip(CASES["torch"].build(), tmp_path, network(seed=9))
@@ -291,9 +281,7 @@ def test_preprocess_and_words_must_be_given_again(tmp_path: Path) -> None:
     check_roundtrip(expert, tmp_path, given)
     assert set(expert.describe(ITEMS)) <= {"HIT", "STICK"}
     with pytest.raises(AssertionError):
-        check_roundtrip(
-            expert, tmp_path, Given(preprocess=lambda items: ten_times(items) + 1, words=str.upper)
-        )
+        check_roundtrip(expert, tmp_path, Given(preprocess=lambda items: ten_times(items) + 1, words=str.upper))
 
 
 def test_a_table_of_words_is_saved(tmp_path: Path) -> None:
@@ -438,9 +426,7 @@ def test_naming_experts_imports_no_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_without_the_hash_a_changed_weight_would_go_unnoticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_hash_a_changed_weight_would_go_unnoticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_fusion.fuse.experts.registry.file_sha256", lambda path: "same")
     expert = CASES["torch"].build()
     config = save_expert(expert, tmp_path)

@@ -107,7 +107,9 @@ def _dequantise(file: Path, target: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
-        raise MissingDependencyError(f"reading a GGUF file needs {error.name}: pip install 'model-fusion[fuse]'") from None
+        raise MissingDependencyError(
+            f"reading a GGUF file needs {error.name}: pip install 'model-fusion[fuse]'"
+        ) from None
     logging.disable_progress_bar()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".incomplete-"))

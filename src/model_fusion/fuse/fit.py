@@ -127,7 +127,9 @@ class AnswerStep(nn.Module):
 
 def encode(fused: FusedModel, examples: Sequence[ExampleLike]) -> list[Encoded]:
     """Examples as rows of ids with features, encoded once."""
-    return fused.processor.encode([e.prompt for e in examples], [e.inputs for e in examples], [e.answer for e in examples])
+    return fused.processor.encode(
+        [e.prompt for e in examples], [e.inputs for e in examples], [e.answer for e in examples]
+    )
 
 
 def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
@@ -153,7 +155,9 @@ def held_out(examples: Sequence[ExampleLike], seed: int) -> tuple[list[ExampleLi
 
 def fingerprint(fused: FusedModel, rows: Sequence[Encoded], settings: TrainSettings) -> str:
     """SHA-256 over the bridge's config, the settings, and every row's ids and features."""
-    digest = hashlib.sha256(json.dumps([fused.fusion.config.to_json(), dataclasses.asdict(settings)], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([fused.fusion.config.to_json(), dataclasses.asdict(settings)], sort_keys=True).encode()
+    )
     for row in rows:
         digest.update(repr(row.ids).encode())
         for occurrence in row.occurrences:

@@ -35,7 +35,7 @@ class Fusion(nn.Module):
     def __init__(self, config: BridgeConfig, shape: LLMShape, experts: Mapping[str, Expert]) -> None:
         super().__init__()
         self.config = config
-        sizes = {name: tuple(expert.feature_shape) for name, expert in experts.items()}
+        sizes = {name: expert.feature_shape for name, expert in experts.items()}
         self.bridge: Bridge = config.build(shape, sizes)
         self.normalisers = nn.ModuleDict({name: Normaliser(d) for name, (_, d) in sizes.items()})
 
@@ -244,7 +244,9 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         if features is None or not self.enabled:
             return None, []
         if ids is None or index is None or mask is None:
-            raise InputError("expert_features need input_ids, expert_mask and expert_index, as the processor makes them")
+            raise InputError(
+                "expert_features need input_ids, expert_mask and expert_index, as the processor makes them"
+            )
         bridge = self.bridge
         values = torch.zeros_like(features, dtype=torch.float32)
         for number, (name, expert) in enumerate(self.experts.items()):
@@ -314,13 +316,20 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         """Answers in words, greedy unless `options` (as `generate` takes them) say otherwise."""
         processor = self.processor
         rows = processor.encode(prompts, inputs)
-        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id, **options}
+        settings = {
+            "do_sample": False,
+            "max_new_tokens": max_new_tokens,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            **options,
+        }
         if not settings["do_sample"]:
             settings |= {"temperature": None, "top_p": None, "top_k": None}
         bias = self._answer_bias(rows_inputs=inputs, count=len(rows))
         texts: list[str] = []
         for start in range(0, len(rows), batch_size):
-            batch = {k: v.to(self.device) for k, v in processor.collate(rows[start : start + batch_size], left=True).items()}
+            batch = {
+                k: v.to(self.device) for k, v in processor.collate(rows[start : start + batch_size], left=True).items()
+            }
             length = batch["input_ids"].shape[1]
             extra = {"logits_processor": LogitsProcessorList([bias(start, start + batch_size, length)])} if bias else {}
             out = self.generate(**batch, **settings, **extra)
@@ -381,5 +390,7 @@ def answer_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = Non
     keep = shifted != -100
     if not keep.any():
         raise InputError("a batch without any answer token: give every training example an answer")
-    loss = nn.functional.cross_entropy(logits[:, :-1][keep].float(), shifted[keep], reduction="sum" if items is not None else "mean")
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1][keep].float(), shifted[keep], reduction="sum" if items is not None else "mean"
+    )
     return loss / items if items is not None else loss

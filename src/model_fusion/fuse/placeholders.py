@@ -25,7 +25,11 @@ def reserve_ids(tokenizer: Any, rows: int, count: int) -> list[int]:
     """
     size = len(tokenizer)
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    roles = set(tokenizer.convert_tokens_to_ids([t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) if t]))
+    roles = set(
+        tokenizer.convert_tokens_to_ids(
+            [t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) if t]
+        )
+    )
     added = [
         index
         for index, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True)
@@ -46,7 +50,11 @@ def check_placeholders(text: str, experts: Sequence[str], special: Iterable[str]
         name = match.group(1)
         if name not in experts and match.group(0) not in known:
             near = difflib.get_close_matches(name, experts, n=1)
-            hint = f"did you mean {placeholder(near[0])}?" if near else f"the experts are {', '.join(map(placeholder, experts))}"
+            hint = (
+                f"did you mean {placeholder(near[0])}?"
+                if near
+                else f"the experts are {', '.join(map(placeholder, experts))}"
+            )
             raise InputError(f"unknown placeholder {match.group(0)}: {hint}")
 
 

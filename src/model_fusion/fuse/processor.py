@@ -47,7 +47,9 @@ class FusedProcessor:
         self.tokenizer, self.experts, self.bridge, self.ids = tokenizer, experts, bridge, dict(ids)
         self.names = tuple(experts)
 
-    def __call__(self, prompts: Sequence[str | Messages], inputs: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, prompts: Sequence[str | Messages], inputs: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Tensor]:
         """Left-padded model inputs for generation. Raises InputError for what does not fit."""
         return self.collate(self.encode(prompts, inputs), left=True)
 
@@ -169,7 +171,9 @@ class FusedProcessor:
                 items[name] += [((name, row, number), value) for number, value in enumerate(values)]
         return items
 
-    def _features(self, items: Mapping[str, list[tuple[tuple[str, int, int], Any]]]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor]]:
+    def _features(
+        self, items: Mapping[str, list[tuple[tuple[str, int, int], Any]]]
+    ) -> dict[tuple[str, int, int], tuple[Tensor, Tensor]]:
         found: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         for name, rows in items.items():
             if not rows:

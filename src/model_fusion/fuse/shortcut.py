@@ -53,7 +53,9 @@ class Shortcut:
     @torch.no_grad()
     def _prompt_cache(self, ids: Sequence[int]) -> Any:
         with self.fused.bridge_off():
-            return self.fused.base(input_ids=torch.tensor([ids], device=self.fused.device), use_cache=True).past_key_values
+            return self.fused.base(
+                input_ids=torch.tensor([ids], device=self.fused.device), use_cache=True
+            ).past_key_values
 
     def _stored(self, rows: Sequence[Encoded]) -> Tensor:
         """The output [b, Q, H] of layer `below` for each row, right-padded with zeros."""
@@ -86,7 +88,13 @@ def shared_prompt(rows: Sequence[Encoded], reserved: set[int]) -> int:
     length = min(row.prompt_length for row in rows) - 1
     first = rows[0].ids
     for row in rows:
-        length = min(length, next((i for i, token in enumerate(row.ids[:length]) if token in reserved or token != first[i]), length))
+        length = min(
+            length,
+            next(
+                (i for i, token in enumerate(row.ids[:length]) if token in reserved or token != first[i]),
+                length,
+            ),
+        )
     return length
 
 

@@ -21,7 +21,11 @@ def decoder_layers(base: Any) -> nn.ModuleList:
     """The decoder's list of layers, of any transformers causal LM. Raises InputError when none is found."""
     count = base.config.get_text_config(decoder=True).num_hidden_layers
     for name, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and name.rsplit(".", 1)[-1] in ("layers", "h", "blocks", "block"):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and name.rsplit(".", 1)[-1] in ("layers", "h", "blocks", "block")
+        ):
             return module
     raise InputError(f"{type(base).__name__}: found no list of {count} decoder layers to attach a bridge to")
 
@@ -41,7 +45,9 @@ class Wire:
             layer.register_forward_hook(self._after_layer(number))
 
     @contextmanager
-    def send(self, bridge: Bridge | None, signal: Signal | None, rows: list[tuple[Tensor, Tensor]], keep: bool) -> Iterator[None]:
+    def send(
+        self, bridge: Bridge | None, signal: Signal | None, rows: list[tuple[Tensor, Tensor]], keep: bool
+    ) -> Iterator[None]:
         """While inside: write `rows` (position mask bool [B, Q], values [n, H]) over the embedding's output, and
         let `bridge` change its layers' outputs. `keep` leaves the signal there for a recomputing backward pass."""
         self._bridge, self._signal, self._rows = bridge, signal, rows

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from model_fusion.errors import InputError, IntegrityError
 from model_fusion.training.progress import Progress
@@ -91,9 +91,8 @@ def train(
 
     accelerator = Accelerator(cpu=all(p.device.type == "cpu" for p in parameters))
     generator = torch.Generator().manual_seed(settings.seed)
-    order = DataLoader(
-        range(examples), batch_size=min(settings.batch_size, examples), shuffle=True, generator=generator  # type: ignore[arg-type]
-    )
+    indices = cast(Dataset[int], range(examples))
+    order: Any = DataLoader(indices, batch_size=min(settings.batch_size, examples), shuffle=True, generator=generator)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     step, optimizer, order = accelerator.prepare(step, optimizer, order)
     state = _State(parameters, optimizer, resume if accelerator.is_main_process else None, fingerprint)
@@ -105,7 +104,9 @@ def train(
             _schedule(optimizer, done, settings)
             loss = step(next(batches))
             if not math.isfinite(value := float(loss.detach())):
-                raise InputError(f"the training loss became {value} at step {done + 1}: lower learning_rate, or check the inputs")
+                raise InputError(
+                    f"the training loss became {value} at step {done + 1}: lower learning_rate, or check the inputs"
+                )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
@@ -159,7 +160,12 @@ class _State:
     """Parameters and optimizer of a run: copied for the best validation, saved for resuming."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Any, file: Path | None, fingerprint: str) -> None:
-        self.parameters, self.optimizer, self.file, self.fingerprint = list(parameters), optimizer, file, fingerprint
+        self.parameters, self.optimizer, self.file, self.fingerprint = (
+            list(parameters),
+            optimizer,
+            file,
+            fingerprint,
+        )
 
     def copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]

@@ -25,7 +25,9 @@ def bridge_config(settings: str | dict[str, Any] | BridgeConfig) -> BridgeConfig
     kind = data.pop("kind", None)
     if kind not in REGISTRY:
         near = difflib.get_close_matches(str(kind), REGISTRY, n=1)
-        raise InputError(f"unknown bridge {kind!r}{f', did you mean {near[0]!r}' if near else ''}: one of {', '.join(REGISTRY)}")
+        raise InputError(
+            f"unknown bridge {kind!r}{f', did you mean {near[0]!r}' if near else ''}: one of {', '.join(REGISTRY)}"
+        )
     known = {field.name for field in dataclasses.fields(REGISTRY[kind])}
     for key in data:
         if key not in known:

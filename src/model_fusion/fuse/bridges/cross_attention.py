@@ -70,7 +70,9 @@ class CrossAttentionBridge(Bridge):
         self.soft = nn.ModuleDict(
             {name: SoftTokens(t * d, config.tokens, config.width, unit) for name, (t, d) in experts.items()}
         )
-        self.attend = nn.ModuleDict({f"{layer}": Attend(base.hidden, config.heads, config.head_dim) for layer in self.at})
+        self.attend = nn.ModuleDict(
+            {f"{layer}": Attend(base.hidden, config.heads, config.head_dim) for layer in self.at}
+        )
 
     def layers(self) -> tuple[int, ...]:
         return self.at

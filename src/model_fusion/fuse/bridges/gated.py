@@ -88,7 +88,7 @@ class GatedBridge(Bridge):
         total = torch.zeros_like(hidden)
         values: dict[str, Tensor] = {}
         for number, name in enumerate(self.names):
-            gate: Gate = self.gates[f"{layer}"][name]  # type: ignore[index,assignment]
+            gate: Gate = self.gates[f"{layer}"][name]  # type: ignore[index]
             t, d = self.shapes[name]
             shown = torch.zeros(hidden.shape[:2], dtype=hidden.dtype, device=hidden.device)
             for o in range(signal.index.shape[1]):

@@ -117,7 +117,11 @@ class LoraBridge(Bridge):
 
 
 def _default_targets(model: nn.Module) -> list[str]:
-    found = {match.group(1) for name, _ in model.named_modules() if (match := ATTENTION.search(name.replace(".base_layer", "")))}
+    found = {
+        match.group(1)
+        for name, _ in model.named_modules()
+        if (match := ATTENTION.search(name.replace(".base_layer", "")))
+    }
     separate = sorted(found & {"q_proj", "v_proj"})
     targets = separate or sorted(found - {"k_proj", "o_proj"})
     if not targets:

@@ -40,7 +40,7 @@ class SoftTokens(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         out: Tensor = self.outer(nn.functional.gelu(self.inner(values)))
-        return self.scale * out.unflatten(-1, (self.tokens, -1))
+        return self.scale * out.view(*out.shape[:-1], self.tokens, -1)
 
 
 class PrefixBridge(Bridge):

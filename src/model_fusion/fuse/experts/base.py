@@ -93,9 +93,7 @@ class Expert(ABC):
 
     @classmethod
     @abstractmethod
-    def load(
-        cls, folder: Path, config: dict[str, Any], *, given: Any = None, allow_pickle: bool = False
-    ) -> Expert:
+    def load(cls, folder: Path, config: dict[str, Any], *, given: Any = None, allow_pickle: bool = False) -> Expert:
         """Rebuild from `save`'s files. `given` is the live object the caller hands in where the kind needs
         one (a torch module's architecture, a callable): no class named in a config is ever imported."""
 

@@ -40,9 +40,7 @@ class CallableExpert(ScoredExpert):
         if output not in get_args(Output):
             raise InputError(f"output: expected one of {', '.join(get_args(Output))}, got {output!r}")
         if (output in ("probabilities", "logits")) != (classes is not None):
-            raise InputError(
-                f"callable expert: output={output!r} {'needs' if classes is None else 'has no'} classes"
-            )
+            raise InputError(f"callable expert: output={output!r} {'needs' if classes is None else 'has no'} classes")
         self.function = function
         self.output: Output = output
         self._learn_shape(feature_shape)
@@ -53,9 +51,7 @@ class CallableExpert(ScoredExpert):
     def _call(self, items: list[Any]) -> Tensor:
         values = tensor(self.function(items)).detach().cpu().float()
         if values.ndim == 0 or len(values) != len(items):
-            raise InputError(
-                f"callable expert: {len(items)} inputs gave an array of shape {list(values.shape)}"
-            )
+            raise InputError(f"callable expert: {len(items)} inputs gave an array of shape {list(values.shape)}")
         return values
 
     def _tapped(self, prepared: list[Any]) -> Tensor:

@@ -19,9 +19,7 @@ try:
     import onnx
     import onnxruntime
 except ImportError:
-    raise MissingDependencyError(
-        "ONNX experts need onnx and onnxruntime: pip install 'model-fusion[onnx]'"
-    ) from None
+    raise MissingDependencyError("ONNX experts need onnx and onnxruntime: pip install 'model-fusion[onnx]'") from None
 
 GRAPH = "graph.onnx"
 NUMPY_TYPES = {
@@ -79,9 +77,7 @@ class OnnxExpert(ScoredExpert):
             raise InputError(f"onnx expert: expected a graph with one input, got {names}")
         self._input = self._session.get_inputs()[0]
         if self._input.type not in NUMPY_TYPES:
-            raise InputError(
-                f"onnx expert: the input {self._input.name!r} is a {self._input.type}, not numbers"
-            )
+            raise InputError(f"onnx expert: the input {self._input.name!r} is a {self._input.type}, not numbers")
         self.output = self._answer(output)
         self._learn_shape(feature_shape)
 
@@ -92,8 +88,7 @@ class OnnxExpert(ScoredExpert):
             return floats[0]
         if output is None:
             raise InputError(
-                f"onnx expert: no output is a tensor of floats ({found}); "
-                "export classifiers with zipmap=False"
+                f"onnx expert: no output is a tensor of floats ({found}); export classifiers with zipmap=False"
             )
         if found.get(output) not in FLOATS:
             raise InputError(f"onnx expert: output {output!r} is not one of the float outputs {floats}")
@@ -104,8 +99,7 @@ class OnnxExpert(ScoredExpert):
         shape = self._input.shape
         expected = [size if isinstance(size, int) else "any" for size in shape]
         fits = len(shape) == batch.ndim and all(
-            not isinstance(size, int) or size == got
-            for size, got in zip(shape[1:], batch.shape[1:], strict=True)
+            not isinstance(size, int) or size == got for size, got in zip(shape[1:], batch.shape[1:], strict=True)
         )
         if shape and not fits:
             raise InputError(
@@ -119,9 +113,7 @@ class OnnxExpert(ScoredExpert):
         try:
             values = [self._session.run([name], {self._input.name: part})[0] for part in parts]
         except Exception as error:  # as above
-            raise InputError(
-                f"onnx expert: onnxruntime refuses shape {list(batch.shape)}: {_line(error)}"
-            ) from error
+            raise InputError(f"onnx expert: onnxruntime refuses shape {list(batch.shape)}: {_line(error)}") from error
         return tensor(np.concatenate(values)).float()
 
     def _tapped(self, prepared: Any) -> Tensor:
@@ -139,9 +131,7 @@ class OnnxExpert(ScoredExpert):
         return self._config([GRAPH], output=self.output, scores=self.scores)
 
     @classmethod
-    def load(
-        cls, folder: Path, config: dict[str, Any], *, given: Any = None, allow_pickle: bool = False
-    ) -> OnnxExpert:
+    def load(cls, folder: Path, config: dict[str, Any], *, given: Any = None, allow_pickle: bool = False) -> OnnxExpert:
         """`given` is a `Given` (or the function itself) where a preprocess function was used."""
         options = cls._options(config, as_given(given, "preprocess"))
         path = Path(folder) / GRAPH

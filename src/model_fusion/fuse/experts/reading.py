@@ -47,9 +47,7 @@ def checked_items(inputs: Sequence[Any], schema: InputSchema) -> list[Any]:
     return items
 
 
-def stack(
-    items: Sequence[Any], schema: InputSchema, dtype: type[np.floating[Any]] = np.float32
-) -> NDArray[Any]:
+def stack(items: Sequence[Any], schema: InputSchema, dtype: type[np.floating[Any]] = np.float32) -> NDArray[Any]:
     """The default preprocessing: float32 [B, fields], or [B, *shape] for one array field.
 
     A category counts as its position in `choices`, a bool as 0 or 1; several fields with an array among them
@@ -77,17 +75,13 @@ def probe_item(schema: InputSchema) -> Any:
 def _join(rows: list[NDArray[Any]]) -> NDArray[Any]:
     for row, array in enumerate(rows):
         if array.shape != rows[0].shape:
-            raise InputError(
-                f"row {row}: expected shape {list(rows[0].shape)} as in row 0, got {list(array.shape)}"
-            )
+            raise InputError(f"row {row}: expected shape {list(rows[0].shape)} as in row 0, got {list(array.shape)}")
     return np.stack(rows)
 
 
 def _numbers(field: Field, value: Any, dtype: type[np.floating[Any]]) -> NDArray[Any]:
     if field.type == "text":
-        raise InputError(
-            f"{field.name}: text has no numbers of its own; give the expert a preprocess function"
-        )
+        raise InputError(f"{field.name}: text has no numbers of its own; give the expert a preprocess function")
     if field.type == "category":
         value = field.choices.index(value)
     return np.asarray(value, dtype=dtype)
@@ -96,9 +90,7 @@ def _numbers(field: Field, value: Any, dtype: type[np.floating[Any]]) -> NDArray
 def _probe_value(field: Field) -> Any:
     if field.type == "array":
         if not field.shape:
-            raise InputError(
-                f"{field.name}: give the array's shape in its Field, or the expert's feature_shape"
-            )
+            raise InputError(f"{field.name}: give the array's shape in its Field, or the expert's feature_shape")
         return np.zeros(field.shape, dtype=np.float32)
     if field.type == "category":
         return field.choices[0]

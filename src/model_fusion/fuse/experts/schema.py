@@ -40,9 +40,7 @@ class Field:
         if self.type == "text":
             return word
         if self.type == "array":
-            raise InputError(
-                f"{self.name}: an array of shape {list(self.shape)} is given as JSON, got {word!r}"
-            )
+            raise InputError(f"{self.name}: an array of shape {list(self.shape)} is given as JSON, got {word!r}")
         try:
             value: int | float = int(word) if self.type == "int" else float(word)
         except ValueError:
@@ -59,9 +57,7 @@ class Field:
             try:
                 array = np.asarray(value, dtype=np.float32)
             except (TypeError, ValueError):
-                raise InputError(
-                    f"{self.name}: expected numbers in an array of shape {list(self.shape)}"
-                ) from None
+                raise InputError(f"{self.name}: expected numbers in an array of shape {list(self.shape)}") from None
             if self.shape and array.shape != self.shape:
                 raise InputError(f"{self.name}: expected shape {list(self.shape)}, got {list(array.shape)}")
             if not np.isfinite(array).all():
@@ -153,9 +149,7 @@ class InputSchema:
         )
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{f.name} ({f.type}{' ' + str(list(f.shape)) if f.shape else ''})" for f in self.fields
-        )
+        return ", ".join(f"{f.name} ({f.type}{' ' + str(list(f.shape)) if f.shape else ''})" for f in self.fields)
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -54,9 +54,7 @@ class ScoredExpert(Expert):
             if missing:
                 raise InputError(f"words: no text for the classes {', '.join(missing)}")
         if isinstance(words, Mapping) and self.classes is None:
-            raise InputError(
-                "words: a table of texts needs classes; give a regressor a function of its value"
-            )
+            raise InputError("words: a table of texts needs classes; give a regressor a function of its value")
 
     @abstractmethod
     def _tapped(self, prepared: Any) -> Tensor:
@@ -113,9 +111,7 @@ class ScoredExpert(Expert):
         finite = torch.isfinite(values).reshape(len(values), -1).all(-1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            raise InputError(
-                f"row {row}: the {self.kind} expert's features (tap {self.tap!r}) contain NaN or infinity"
-            )
+            raise InputError(f"row {row}: the {self.kind} expert's features (tap {self.tap!r}) contain NaN or infinity")
 
     def _decision_from(self, scores: Tensor, form: Scores) -> Decision:
         """The decision that model output [B, C] (or [B], [B, 1] for a value or a two-class score) stands
@@ -171,9 +167,7 @@ class ScoredExpert(Expert):
                 "feature_shape": (int(shape[0]), int(shape[1])),
             }
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise IntegrityError(
-                f"the saved config of this {cls.kind} expert is damaged: {error!r}"
-            ) from None
+            raise IntegrityError(f"the saved config of this {cls.kind} expert is damaged: {error!r}") from None
 
 
 def three_dimensional(values: Tensor) -> Tensor:
@@ -194,9 +188,7 @@ def log_probabilities(scores: Tensor, classes: int, form: Scores, where: str) ->
         other = 1.0 - scores if form == "probabilities" else torch.zeros_like(scores)
         scores = torch.cat([other, scores], dim=1)
     if scores.shape[1] != classes:
-        raise InputError(
-            f"{where}: {classes} classes are named, but the output has {scores.shape[1]} columns"
-        )
+        raise InputError(f"{where}: {classes} classes are named, but the output has {scores.shape[1]} columns")
     if form == "logits":
         return torch.log_softmax(scores, dim=-1)
     sums = scores.sum(-1)

@@ -73,22 +73,16 @@ class SklearnExpert(ScoredExpert):
         if isinstance(estimator, str | Path):
             estimator = read_estimator(Path(estimator), allow_pickle=allow_pickle, trusted=trusted)
         if not hasattr(estimator, "predict"):
-            raise InputError(
-                f"sklearn expert: a {type(estimator).__name__} has no predict(); give a fitted estimator"
-            )
+            raise InputError(f"sklearn expert: a {type(estimator).__name__} has no predict(); give a fitted estimator")
         if tap not in get_args(Tap):
             raise InputError(f"sklearn expert: tap is one of {', '.join(get_args(Tap))}, got {tap!r}")
         if is_classifier(estimator):
             learnt = _classes_of(estimator)
             if classes is not None and len(classes) != len(learnt):
-                raise InputError(
-                    f"sklearn expert: {len(classes)} classes are named, the estimator knows {learnt}"
-                )
+                raise InputError(f"sklearn expert: {len(classes)} classes are named, the estimator knows {learnt}")
             classes = learnt if classes is None else classes
         elif classes is not None:
-            raise InputError(
-                f"sklearn expert: a {type(estimator).__name__} is a regressor and has no classes"
-            )
+            raise InputError(f"sklearn expert: a {type(estimator).__name__} is a regressor and has no classes")
         super().__init__(inputs, tap=tap, classes=classes, preprocess=preprocess, words=words)
         self.estimator = estimator
         remembered = getattr(estimator, "feature_names_in_", None)
@@ -130,9 +124,7 @@ class SklearnExpert(ScoredExpert):
         if set(columns) <= set(names):
             return pd.DataFrame(rows, columns=names)[list(columns)]
         if len(rows[0]) != len(columns):
-            raise InputError(
-                f"sklearn expert: the estimator has {len(columns)} columns, the schema {len(rows[0])}"
-            )
+            raise InputError(f"sklearn expert: the estimator has {len(columns)} columns, the schema {len(rows[0])}")
         return pd.DataFrame(rows, columns=list(columns))
 
     def _tapped(self, prepared: Any) -> Tensor:
@@ -143,9 +135,7 @@ class SklearnExpert(ScoredExpert):
                 decision = self._decided(prepared, spread=False)
                 return decision.log_probs if isinstance(decision, ClassDecision) else decision.value
             final, reached = self._final(prepared)
-            return tensor(
-                _leaves(final, reached) if self.tap == "leaves" else self._neighbours(final, reached)
-            )
+            return tensor(_leaves(final, reached) if self.tap == "leaves" else self._neighbours(final, reached))
 
     def _decided(self, prepared: Any, spread: bool = True) -> Decision:
         with _plain_errors():
@@ -155,9 +145,7 @@ class SklearnExpert(ScoredExpert):
                 return ValueDecision(value.value, self._spread(prepared) if spread else None)
             if hasattr(self.estimator, "predict_proba"):
                 return self._decision_from(tensor(self.estimator.predict_proba(prepared)), "probabilities")
-            return self._decision_from(
-                tensor(_method(self.estimator, "decision_function")(prepared)), "logits"
-            )
+            return self._decision_from(tensor(_method(self.estimator, "decision_function")(prepared)), "logits")
 
     def _final(self, prepared: Any) -> tuple[Any, Any]:
         """A Pipeline's last step and what reaches it; any other estimator and the input itself."""
@@ -213,9 +201,7 @@ class SklearnExpert(ScoredExpert):
         options = cls._options(config, parts)
         save_as: SaveAs = "joblib" if config["save_as"] == "joblib" else "skops"
         if config["files"] != [f"estimator.{save_as}"]:
-            raise IntegrityError(
-                f"the saved config of this sklearn expert is damaged: files {config.get('files')}"
-            )
+            raise IntegrityError(f"the saved config of this sklearn expert is damaged: files {config.get('files')}")
         return cls(
             Path(folder) / f"estimator.{save_as}",
             columns=config["columns"],

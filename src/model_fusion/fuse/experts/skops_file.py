@@ -85,9 +85,7 @@ def _refused(found: Sequence[str], trusted: Sequence[str]) -> list[str]:
 def _is_library_class(name: str) -> bool:
     """True for a class of the libraries. A function is not enough: numpy's test helpers can execute text."""
     parts = name.split(".")
-    if parts[0] not in LIBRARIES or any(
-        part in ("__main__", "tests", "testing", "_private") for part in parts
-    ):
+    if parts[0] not in LIBRARIES or any(part in ("__main__", "tests", "testing", "_private") for part in parts):
         return False
     try:
         return inspect.isclass(getattr(importlib.import_module(".".join(parts[:-1])), parts[-1]))

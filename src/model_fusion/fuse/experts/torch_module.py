@@ -50,9 +50,7 @@ class TorchExpert(ScoredExpert):
         self.scores: Scores = scores
         named = dict(module.named_modules())
         if tap != "output" and (tap == "" or tap not in named):
-            raise InputError(
-                f"torch expert: no submodule {tap!r} to tap; there are {', '.join(filter(None, named))}"
-            )
+            raise InputError(f"torch expert: no submodule {tap!r} to tap; there are {', '.join(filter(None, named))}")
         if weights is not None:
             _fill(module, read_weights(Path(weights)), str(weights))
         self._learn_shape(feature_shape)
@@ -85,9 +83,7 @@ class TorchExpert(ScoredExpert):
         finally:
             hook.remove()
         if not caught:
-            raise InputError(
-                f"torch expert: the submodule {self.tap!r} did not run; tap one that forward() calls"
-            )
+            raise InputError(f"torch expert: the submodule {self.tap!r} did not run; tap one that forward() calls")
         return caught[-1]
 
     def _decided(self, prepared: Any) -> Decision:
@@ -96,10 +92,7 @@ class TorchExpert(ScoredExpert):
     def save(self, folder: Path) -> dict[str, Any]:
         """Weights as safetensors. The architecture is code: `load` wants it as `given`."""
         # Cloned, because safetensors refuses tied tensors; an expert is small.
-        state = {
-            name: value.detach().cpu().clone().contiguous()
-            for name, value in self.module.state_dict().items()
-        }
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in self.module.state_dict().items()}
         save_file(state, Path(folder) / WEIGHTS)
         return self._config([WEIGHTS], scores=self.scores)
 
@@ -113,9 +106,7 @@ class TorchExpert(ScoredExpert):
         """
         parts = as_given(given, "module")
         if parts.module is None:
-            raise InputError(
-                "a torch expert's architecture is code that no file holds: load it with given=the module"
-            )
+            raise InputError("a torch expert's architecture is code that no file holds: load it with given=the module")
         options = cls._options(config, parts)
         path = Path(folder) / WEIGHTS
         _fill(parts.module, read_weights(path), str(path))
@@ -151,8 +142,7 @@ def _fill(module: torch.nn.Module, state: dict[str, Tensor], where: str) -> None
             )
         if state[name].shape != expected[name].shape:
             raise IntegrityError(
-                f"{where}: {name} has shape {list(state[name].shape)}, the module has "
-                f"{list(expected[name].shape)}"
+                f"{where}: {name} has shape {list(state[name].shape)}, the module has {list(expected[name].shape)}"
             )
     module.load_state_dict(state)
 
@@ -173,7 +163,5 @@ def _one_tensor(output: Any, name: str) -> Tensor:
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         output = output[0]
     if not isinstance(output, Tensor):
-        raise InputError(
-            f"torch expert: {name!r} gives a {type(output).__name__}; tap a submodule that gives a tensor"
-        )
+        raise InputError(f"torch expert: {name!r} gives a {type(output).__name__}; tap a submodule that gives a tensor")
     return output

@@ -97,9 +97,7 @@ class Method:
         n = len(models)
         if n < self.min_models or (self.max_models is not None and n > self.max_models):
             most = "any number" if self.max_models is None else self.max_models
-            raise InputError(
-                f"{self.name} takes {self.min_models} to {most} models besides the base, got {n}"
-            )
+            raise InputError(f"{self.name} takes {self.min_models} to {most} models besides the base, got {n}")
         if self.needs_base == "required" and base is None:
             raise InputError(f"{self.name} needs a base model: name one as base_model")
         if self.needs_base == "forbidden" and base is not None:
@@ -132,9 +130,7 @@ class Method:
             return torch.empty(shape, dtype=torch.float32, device=models[0].device)
         if self.whole is not None:
             floats = [m.float() for m in models]
-            return self.whole(floats, None if base is None else base.float(), model_params, params, key).view(
-                shape
-            )
+            return self.whole(floats, None if base is None else base.float(), model_params, params, key).view(shape)
         assert self.chunk is not None
         state = None if self.statistics is None else self.statistics(models, base, model_params, params, key)
         flat = [m.reshape(-1) for m in models]
@@ -143,9 +139,7 @@ class Method:
         for start in range(0, out.numel(), chunk_size):
             part = slice(start, start + chunk_size)
             chunk_base = None if flat_base is None else flat_base[part]
-            out[part] = self.chunk(
-                [m[part] for m in flat], chunk_base, model_params, params, key, state, start
-            )
+            out[part] = self.chunk([m[part] for m in flat], chunk_base, model_params, params, key, state, start)
         return out.view(shape)
 
 

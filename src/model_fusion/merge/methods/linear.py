@@ -74,6 +74,4 @@ def _passthrough(
 
 
 register(Method("linear", Sees.ELEMENTWISE, LinearParams, Weighted, "optional", chunk=_linear))
-register(
-    Method("passthrough", Sees.ELEMENTWISE, NoParams, Scaled, "optional", max_models=1, chunk=_passthrough)
-)
+register(Method("passthrough", Sees.ELEMENTWISE, NoParams, Scaled, "optional", max_models=1, chunk=_passthrough))

@@ -91,6 +91,4 @@ def _ram(
 
 
 register(Method("ram", Sees.ELEMENTWISE, RamParams, NoParams, "required", chunk=_ram))
-register(
-    Method("ramplus_tl", Sees.TWO_PASS, RamPlusParams, NoParams, "required", statistics=_stretch, chunk=_ram)
-)
+register(Method("ramplus_tl", Sees.TWO_PASS, RamPlusParams, NoParams, "required", statistics=_stretch, chunk=_ram))

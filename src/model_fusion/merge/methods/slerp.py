@@ -70,6 +70,4 @@ def _slerp(
     return out.add_(b.to(torch.float32, copy=True).mul_(state[1]))
 
 
-register(
-    Method("slerp", Sees.TWO_PASS, SlerpParams, NoParams, "optional", 1, 2, statistics=_cosine, chunk=_slerp)
-)
+register(Method("slerp", Sees.TWO_PASS, SlerpParams, NoParams, "optional", 1, 2, statistics=_cosine, chunk=_slerp))

@@ -75,7 +75,7 @@ def _combine(
 
 @dataclass(frozen=True)
 class NuslerpParams:
-    """nuslerp_flatten: one arc for the whole tensor; else one for each slice along the last, or, row-wise, the first dimension."""
+    """nuslerp_flatten: one arc for the whole tensor; else one a slice along the last dimension (row-wise: the first)."""
 
     nuslerp_flatten: bool = True
     nuslerp_row_wise: bool = False
@@ -138,9 +138,7 @@ def _multislerp_weights(
     if length <= params.eps:
         if not norms.any():
             return [0.0] * len(models)
-        raise InputError(
-            "multislerp: the models' directions cancel, so they have no mean; change the weights"
-        )
+        raise InputError("multislerp: the models' directions cancel, so they have no mean; change the weights")
     point = weights / length
     tangent, size = _tangent(units, point, weights)
     return _scaled(_exp(point, tangent, size), norms, float(weights @ norms))

@@ -59,9 +59,7 @@ def merge_state_dicts(
     names = list(state_dicts[0])
     for i, other in enumerate([*state_dicts[1:], *([] if base is None else [base])], start=1):
         if odd := sorted(set(names) ^ set(other)):
-            raise InputError(
-                f"state dict {i} differs from the first in {len(odd)} names, the first is {odd[0]!r}"
-            )
+            raise InputError(f"state dict {i} differs from the first in {len(odd)} names, the first is {odd[0]!r}")
     floats = [n for n in names if state_dicts[0][n].is_floating_point()]
     model_cuts: list[dict[str, Cut]] | None = None
     if getattr(own, "trim", "tensor") == "global":
@@ -77,8 +75,6 @@ def merge_state_dicts(
             out[name] = state_dicts[0][name].clone()
             continue
         key = Key(seed, name, cuts=None if model_cuts is None else [c[name] for c in model_cuts])
-        merged = chosen.run(
-            [d[name] for d in state_dicts], None if base is None else base[name], each, own, key
-        )
+        merged = chosen.run([d[name] for d in state_dicts], None if base is None else base[name], each, own, key)
         out[name] = merged.to(state_dicts[0][name].dtype)
     return out

@@ -64,9 +64,7 @@ def _ties_cuts(
 ) -> list[Cut]:
     if params.trim == "global":
         if key.cuts is None:
-            raise InputError(
-                "ties: trim: global needs all tensors of a model; merge whole models, not one tensor"
-            )
+            raise InputError("ties: trim: global needs all tensors of a model; merge whole models, not one tensor")
         return list(key.cuts)
     n = models[0].numel()
     return [

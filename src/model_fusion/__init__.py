@@ -1,0 +1,48 @@
+"""model-fusion: make one model out of several. Importing this loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from model_fusion.errors import InputError, IntegrityError, MissingDependencyError, ModelFusionError
+
+if TYPE_CHECKING:
+    from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
+    from model_fusion.fuse.experts import Expert, Field, InputSchema
+    from model_fusion.fuse.fit import Example
+    from model_fusion.fuse.model import FusedModel
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "FusedModel": "model_fusion.fuse.model",
+    "Example": "model_fusion.fuse.fit",
+    **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
+    **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "CrossAttention",
+    "Example",
+    "Expert",
+    "Field",
+    "FusedModel",
+    "Gated",
+    "InputError",
+    "InputSchema",
+    "IntegrityError",
+    "Logit",
+    "Lora",
+    "MissingDependencyError",
+    "ModelFusionError",
+    "Prefix",
+    "Tool",
+]
