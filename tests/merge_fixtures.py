@@ -56,9 +56,7 @@ def _linear(
     key: object,
 ) -> Tensor:
     total = sum(p.weight for p in model_params)
-    return sum(
-        (p.weight / total * m.float() for p, m in zip(model_params, models, strict=True)), torch.zeros(())
-    )
+    return sum((p.weight / total * m.float() for p, m in zip(model_params, models, strict=True)), torch.zeros(()))
 
 
 @dataclass(frozen=True)

@@ -222,9 +222,7 @@ def test_merge_imports_no_model_code(room: Path) -> None:
 
 def test_every_level_of_a_slice_is_read() -> None:
     source = {"model": "m", "layer_range": [0, 2], "parameters": {"scale": 2}}
-    parsed = parse(
-        {"merge_method": "passthrough", "slices": [{"sources": [source], "parameters": {"scale": 3}}]}
-    )
+    parsed = parse({"merge_method": "passthrough", "slices": [{"sources": [source], "parameters": {"scale": 3}}]})
     assert parsed.slices is not None
     assert parsed.slices[0].sources[0].parameters == {"scale": 2}
     assert parsed.slices[0].parameters == {"scale": 3}

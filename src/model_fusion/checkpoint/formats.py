@@ -68,9 +68,7 @@ def read_header(file: Path) -> list[Entry]:
                 raise InputError(f"{file}: {size} bytes is too short for a safetensors file")
             length = struct.unpack("<Q", prefix)[0]
             if length > min(_MAX_HEADER, size - 8):
-                raise InputError(
-                    f"{file}: header claims {length} bytes, the file has {size}; download it again"
-                )
+                raise InputError(f"{file}: header claims {length} bytes, the file has {size}; download it again")
             header = json.loads(handle.read(length).decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: corrupt safetensors header ({error})") from error
@@ -86,9 +84,7 @@ def read_header(file: Path) -> list[Entry]:
         if entry.begin < position:
             raise InputError(f"{file}: tensor {entry.name!r} overlaps the one before it")
         if entry.end > size:
-            raise InputError(
-                f"{file}: tensor {entry.name!r} ends at byte {entry.end}, the file at {size}: truncated"
-            )
+            raise InputError(f"{file}: tensor {entry.name!r} ends at byte {entry.end}, the file at {size}: truncated")
         position = entry.end
     return entries
 
@@ -109,9 +105,7 @@ def _entry(file: Path, start: int, name: str, info: object) -> Entry:
         raise InputError(f"{where}: bad data_offsets {offsets!r}")
     spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
     if offsets[1] - offsets[0] != spec.nbytes:
-        raise InputError(
-            f"{where}: {shape} of {dtype} needs {spec.nbytes} bytes, has {offsets[1] - offsets[0]}"
-        )
+        raise InputError(f"{where}: {shape} of {dtype} needs {spec.nbytes} bytes, has {offsets[1] - offsets[0]}")
     return Entry(name, spec.dtype, spec.shape, file, start + offsets[0], start + offsets[1])
 
 

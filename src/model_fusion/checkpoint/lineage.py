@@ -46,12 +46,8 @@ def build(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "parents": [
-            {"model": parent.source.spec, "licence": licence_of(parent.folder)} for parent in parents
-        ],
-        "tensors": {
-            name: {"sha256": outputs[name], "inputs": dict(inputs.get(name, {}))} for name in sorted(outputs)
-        },
+        "parents": [{"model": parent.source.spec, "licence": licence_of(parent.folder)} for parent in parents],
+        "tensors": {name: {"sha256": outputs[name], "inputs": dict(inputs.get(name, {}))} for name in sorted(outputs)},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     return json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -24,9 +24,7 @@ class AdaptedCheckpoint(Checkpoint):
             raise InputError(f"{source.spec}: no adapter given")
         file = source.adapter / "adapter_config.json"
         if not file.is_file():
-            raise InputError(
-                f"{source.adapter}: no adapter_config.json; `base+lora` needs a peft LoRA folder"
-            )
+            raise InputError(f"{source.adapter}: no adapter_config.json; `base+lora` needs a peft LoRA folder")
         config = read_json(file)
         for key in _REFUSED:
             if config.get(key):
@@ -48,9 +46,7 @@ class AdaptedCheckpoint(Checkpoint):
                 raise InputError(f"{file}: tensor {entry.name!r} is not a LoRA matrix; merge with peft first")
             target = f"{match.group(1)}.weight"
             if target not in self:
-                raise InputError(
-                    f"{file}: tensor {entry.name!r} has no counterpart {target!r} in {self.folder}"
-                )
+                raise InputError(f"{file}: tensor {entry.name!r} has no counterpart {target!r} in {self.folder}")
             self._pairs.setdefault(target, {})[match.group(2)] = entry
         for target, pair in self._pairs.items():
             if set(pair) != {"A", "B"}:

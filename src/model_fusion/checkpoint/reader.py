@@ -44,9 +44,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         for key in _QUANTISED:
             if self.config.get(key):
-                raise InputError(
-                    f"{config}: quantised weights ({key}) cannot be merged; dequantise them first"
-                )
+                raise InputError(f"{config}: quantised weights ({key}) cannot be merged; dequantise them first")
         self._entries: dict[str, Entry] = {}
         self._pickled: dict[str, tuple[Path, Tensor]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -54,9 +52,7 @@ class Checkpoint:
         self._open()
 
     def _open(self) -> None:
-        index, bin_index = (
-            self.folder / f"{n}.index.json" for n in ("model.safetensors", "pytorch_model.bin")
-        )
+        index, bin_index = (self.folder / f"{n}.index.json" for n in ("model.safetensors", "pytorch_model.bin"))
         single = self.folder / "model.safetensors"
         if index.is_file():
             self._open_index(index)
@@ -69,9 +65,7 @@ class Checkpoint:
         else:
             files = sorted(self.folder.glob("*.safetensors"))
             if not files:
-                raise InputError(
-                    f"{self.folder}: no weights (no model.safetensors, index or pytorch_model.bin)"
-                )
+                raise InputError(f"{self.folder}: no weights (no model.safetensors, index or pytorch_model.bin)")
             for file in files:
                 self._add(read_header(file))
         if not self._entries and not self._pickled:
@@ -98,9 +92,7 @@ class Checkpoint:
             if name not in table:
                 raise InputError(f"{index}: tensor {name!r} of {self.file_of(name).name} is not in the index")
             if table[name] != self.file_of(name).name:
-                raise InputError(
-                    f"{index}: says {table[name]} holds {name!r}, {self.file_of(name).name} does"
-                )
+                raise InputError(f"{index}: says {table[name]} holds {name!r}, {self.file_of(name).name} does")
 
     def _add(self, entries: list[Entry]) -> None:
         for entry in entries:

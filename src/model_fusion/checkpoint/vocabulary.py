@@ -15,8 +15,6 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
         if isinstance(table, list):  # Unigram: [token, score] in order of id
             table = {str(item[0]): i for i, item in enumerate(table)}
         if isinstance(table, dict):
-            added = {
-                t["content"]: t["id"] for t in data.get("added_tokens") or [] if "content" in t and "id" in t
-            }
+            added = {t["content"]: t["id"] for t in data.get("added_tokens") or [] if "content" in t and "id" in t}
             return {**table, **added}
     return read_json(plain) if plain.is_file() else None

@@ -31,15 +31,11 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> No
     for folder in inputs:
         source = folder.resolve()
         if real == source or real in source.parents or source in real.parents:
-            raise InputError(
-                f"output {target} is, holds or lies in the input {folder}: choose another folder"
-            )
+            raise InputError(f"output {target} is, holds or lies in the input {folder}: choose another folder")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"output {target} exists and is not a folder: choose another name")
     if target.exists() and not overwrite and any(target.iterdir()):
-        raise InputError(
-            f"output {target} already exists: pass --overwrite to replace it, or choose another folder"
-        )
+        raise InputError(f"output {target} already exists: pass --overwrite to replace it, or choose another folder")
     if not target.parent.is_dir():
         raise InputError(f"no such folder: {target.parent} (the output's parent)")
     if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -100,9 +96,7 @@ class CheckpointWriter:
 
     def _start(self, key: str, resume: bool) -> None:
         if self._old.is_dir() and not self.target.exists():
-            os.rename(
-                self._old, self.target
-            )  # killed between the two renames: the user's old folder comes back
+            os.rename(self._old, self.target)  # killed between the two renames: the user's old folder comes back
         self.partial.mkdir(exist_ok=True)
         self._journal = os.open(self.partial / "journal", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -247,7 +247,6 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             raise InputError(
                 "expert_features need input_ids, expert_mask and expert_index, as the processor makes them"
             )
-        bridge = self.bridge
         values = torch.zeros_like(features, dtype=torch.float32)
         for number, (name, expert) in enumerate(self.experts.items()):
             d = expert.feature_shape[1]

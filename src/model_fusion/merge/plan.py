@@ -112,16 +112,12 @@ def build(recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint
         shown = planner.problems[:50]
         more = len(planner.problems) - len(shown)
         lines = "; ".join(shown) + (f"; and {more} more" if more else "")
-        raise InputError(
-            lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}"
-        )
+        raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
     return MergePlan(recipe, method, checkpoints, template, planner.outputs, planner.config())
 
 
 class _Planner:
-    def __init__(
-        self, recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint], template: str
-    ) -> None:
+    def __init__(self, recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint], template: str) -> None:
         self.recipe, self.method, self.checkpoints, self.name = recipe, method, checkpoints, template
         self.template = checkpoints[template]
         self.problems: list[str] = []
@@ -155,8 +151,7 @@ class _Planner:
             for head in group[1:]:
                 holders = [c for c in self.checkpoints.values() if head in c and group[0] in c]
                 if all(
-                    c.spec(head).shape == c.spec(group[0]).shape
-                    and torch.equal(c.read(head), c.read(group[0]))
+                    c.spec(head).shape == c.spec(group[0]).shape and torch.equal(c.read(head), c.read(group[0]))
                     for c in holders
                 ):
                     found[head] = group[0]
@@ -198,9 +193,7 @@ class _Planner:
     def _check_vocabularies(self) -> None:
         wanted = self.recipe.tokenizer_source
         if wanted not in (None, "base", "union", *self.checkpoints):
-            self.problems.append(
-                f"tokenizer_source {wanted!r} is none of base, union or a model of the recipe"
-            )
+            self.problems.append(f"tokenizer_source {wanted!r} is none of base, union or a model of the recipe")
         template = self.recipe.chat_template
         if template not in (None, "auto") and "{" not in template:
             self.problems.append(f"chat_template {template!r} is neither auto nor a Jinja text")
@@ -209,9 +202,7 @@ class _Planner:
             other = vocabulary(checkpoint.folder)
             if own is not None and other is not None and own != other:
                 odd = next(iter(sorted(set(own.items()) ^ set(other.items()))))
-                self.problems.append(
-                    f"{name}: its vocabulary differs from {self.name}'s (at token {odd[0]!r})"
-                )
+                self.problems.append(f"{name}: its vocabulary differs from {self.name}'s (at token {odd[0]!r})")
 
     def _slices(self) -> None:
         parts = self.recipe.slices or []
@@ -243,9 +234,7 @@ class _Planner:
                 found = main_stack(self.checkpoints[source.model].names)
                 if found is None or source.layer_range[1] > found[1]:
                     have = found[1] if found else 0
-                    self.problems.append(
-                        f"layer_range {list(source.layer_range)}: {source.model} has {have} layers"
-                    )
+                    self.problems.append(f"layer_range {list(source.layer_range)}: {source.model} has {have} layers")
             block = _Block(part.sources, [part.parameters, self.recipe.parameters])
             for i in range(count):
                 if any(start + i >= length for start in starts):
@@ -255,9 +244,7 @@ class _Planner:
                 new = len(self.order)
                 self.order.append(starts[0] + i)
                 for name in layered.get(starts[0] + i, []):
-                    self._add(
-                        with_layer(name, new), name, block, [s + i for s in starts], i / max(count - 1, 1)
-                    )
+                    self._add(with_layer(name, new), name, block, [s + i for s in starts], i / max(count - 1, 1))
 
     def _add(self, out: str, name: str, block: _Block, layers: Sequence[int], position: float) -> None:
         sliced = self.recipe.slices is not None and role_of(name).stack == (self.stack or ("",))[0]

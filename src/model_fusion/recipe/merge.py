@@ -121,9 +121,7 @@ def load(path: Path) -> MergeRecipe:
         line = f", line {place.line + 1}" if place else ""
         raise InputError(f"{path}{line}: not valid YAML") from error
     if len(documents) != 1:
-        raise InputError(
-            f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file"
-        )
+        raise InputError(f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file")
     return parse(documents[0], str(path))
 
 

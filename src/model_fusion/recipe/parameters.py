@@ -25,9 +25,7 @@ def check_value(name: str, value: Any) -> None:
             for item in value:
                 unknown = sorted(set(item) - {"filter", "value"})
                 if unknown or "value" not in item:
-                    raise InputError(
-                        f"parameter {name!r}: a filter entry has `filter` and `value`, not {item}"
-                    )
+                    raise InputError(f"parameter {name!r}: a filter entry has `filter` and `value`, not {item}")
                 check_value(name, item["value"])
             return
         if all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):

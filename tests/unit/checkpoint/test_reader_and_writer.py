@@ -65,9 +65,7 @@ def one_tensor_only(target: Path) -> None:
         writer.finish({})
 
 
-def written_with(
-    target: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: object, finish: bool
-) -> None:
+def written_with(target: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: object, finish: bool) -> None:
     """All tensors written; `os.name` replaced before the last write, or before `finish`."""
     with CheckpointWriter(target, SPECS, key="k") as writer:
         for tensor in STATE:

@@ -31,9 +31,7 @@ def test_conv1d_is_noted_for_gpt2_only() -> None:
 
 
 def test_main_stack_is_the_language_model_though_the_tower_is_deeper() -> None:
-    names = [f"model.vision_tower.layers.{i}.w" for i in range(40)] + [
-        f"model.layers.{i}.w" for i in range(8)
-    ]
+    names = [f"model.vision_tower.layers.{i}.w" for i in range(40)] + [f"model.layers.{i}.w" for i in range(8)]
     assert main_stack(names) == ("model.layers", 8)
 
 
