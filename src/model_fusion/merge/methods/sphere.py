@@ -75,7 +75,7 @@ def _combine(
 
 @dataclass(frozen=True)
 class NuslerpParams:
-    """nuslerp_flatten: one arc for the whole tensor; else one a slice along the last dimension (row-wise: the first)."""
+    """nuslerp_flatten: one arc for the whole tensor; else one a slice of the last dimension (row-wise: the first)."""
 
     nuslerp_flatten: bool = True
     nuslerp_row_wise: bool = False
