@@ -94,5 +94,5 @@ def test_bad_prompts_name_what_to_change(fused: FusedModel) -> None:
         fused.answer(["Hit? <|tabel|>"], [{}])
     with pytest.raises(InputError, match="no input for 'table'"):
         fused.answer([PROMPT], [{}])
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(InputError, match="finite number, got nan"):
         fused.answer([PROMPT], [{"table": float("nan")}])
