@@ -71,7 +71,9 @@ def ties_close(density, before, seed):
     got = get("ties").run(
         models, base, [Trimmed(0.7, density), Trimmed(0.4, density)], TiesParams(sign_before_weight=before)
     )
-    want = reference.ties([m.double().numpy() for m in models], base.double().numpy(), [0.7, 0.4], density, before)
+    want = reference.ties(
+        [m.double().numpy() for m in models], base.double().numpy(), [0.7, 0.4], density, before
+    )
     return np.allclose(got.double().numpy(), want, rtol=0, atol=3e-6 * np.abs(want).max())
 
 
