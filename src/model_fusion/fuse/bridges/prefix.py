@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ class Prefix(BridgeConfig):
     """`tokens` soft tokens an occurrence, through one hidden layer of `width` units."""
 
     kind: ClassVar[str] = "prefix"
+    training: ClassVar[Mapping[str, Any]] = {"steps": 120, "batch_size": 16, "target": (1.0, 0.03)}
     tokens: int = 4
     width: int = 256
 

@@ -30,7 +30,13 @@ __all__ = [
     "register",
 ]
 
-_FAMILIES = (arcee_fusion, dare, della, linear, model_stock, nearswap) + (
+_FAMILIES = (
+    arcee_fusion,
+    dare,
+    della,
+    linear,
+    model_stock,
+    nearswap,
     ram,
     sce,
     slerp,

@@ -78,7 +78,6 @@ class Method:
     chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at
         flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
     whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
-    base_is_first: the models' first is the point of departure (t = 0) when no base is named.
     """
 
     name: str

@@ -33,7 +33,7 @@ class Ranked(Trimmed):
         low, high = self.density - self.epsilon, self.density + self.epsilon
         if self.density < 1.0 and (low < -1e-9 or high > 1 + 1e-9):
             raise InputError(
-                f"density ± epsilon must stay in [0, 1], got {self.density:g} ± {self.epsilon:g}: lower epsilon"
+                f"density ± epsilon must stay in [0, 1]; lower epsilon: {self.density:g} ± {self.epsilon:g}"
             )
 
 

@@ -1,7 +1,7 @@
 """ram and ramplus_tl: mean over the models that changed an element (Reinforced Agent Merging, 2026).
 
-A model changed an element where |δ| > epsilon; alone it keeps its δ, together the mean is taken. ramplus_tl stretches
-what a model changed alone by 1 + r·min(ρ, α), ρ = its shared ÷ its unique elements in the tensor.
+A model changed an element where |δ| > epsilon; alone it keeps its δ, together the mean is taken. ramplus_tl
+stretches what a model changed alone by 1 + r·min(ρ, α), ρ = its shared ÷ its unique elements in the tensor.
 """
 
 from __future__ import annotations

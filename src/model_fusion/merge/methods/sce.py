@@ -1,4 +1,4 @@
-"""sce: select by variance, calculate weights from energy, erase minority signs (Wan et al. 2024, FuseChat)."""
+"""sce: select by variance, calculate weights from energy, erase minority signs (Wan et al. 2024)."""
 
 from __future__ import annotations
 

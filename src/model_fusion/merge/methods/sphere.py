@@ -1,7 +1,7 @@
 """nuslerp, multislerp and karcher: weighted means of directions, scaled by a mean length.
 
-All their results are Σ cᵢ xᵢ with coefficients that depend on the inputs' dot products alone. So one pass takes the
-dot products, the geometry is done on a few float64 numbers, and a second pass adds up.
+All their results are Σ cᵢ xᵢ with coefficients that depend on the inputs' dot products alone. So one pass
+takes the dot products, the geometry is done on a few float64 numbers, and a second pass adds up.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _combine(
 
 @dataclass(frozen=True)
 class NuslerpParams:
-    """nuslerp_flatten: one arc for the whole tensor; else one a slice of the last dimension (row-wise: the first)."""
+    """nuslerp_flatten: one arc for the whole tensor; else one for each slice along the last dimension or,
+    with nuslerp_row_wise, along the first (mergekit's naming).
+    """
 
     nuslerp_flatten: bool = True
     nuslerp_row_wise: bool = False
@@ -109,10 +111,15 @@ def _nuslerp_weights(
 
 @dataclass(frozen=True)
 class MultislerpParams:
-    """normalize_weights: divide weights by their sum; eps: lengths below it count as 0."""
+    """normalize_weights: divide weights by their sum; eps: lengths below it count as 0.
+
+    log_map: refine the direction by one step of the sphere's logarithm. mergekit 0.1.5 projects where the
+    logarithm would be due; projections around the mean cancel, so its result is the normalised mean.
+    """
 
     normalize_weights: bool = True
     eps: float = 1e-8
+    log_map: bool = False
 
 
 def _unit(dots: Vector, eps: float) -> tuple[Vector, Vector]:
@@ -130,7 +137,7 @@ def _multislerp_weights(
     params: MultislerpParams,
     key: Key,
 ) -> list[float | Tensor]:
-    """Log-map mean at the normalised weighted mean, times the weighted mean norm."""
+    """The normalised weighted mean (or the log-map mean at it), times the weighted mean norm."""
     raw = [p.weight for p in model_params]
     weights = np.array(raw) / (weight_sum(raw, "multislerp") if params.normalize_weights else 1.0)
     norms, units = _unit(gram(models, base), params.eps)
@@ -140,8 +147,10 @@ def _multislerp_weights(
             return [0.0] * len(models)
         raise InputError("multislerp: the models' directions cancel, so they have no mean; change the weights")
     point = weights / length
-    tangent, size = _tangent(units, point, weights)
-    return _scaled(_exp(point, tangent, size), norms, float(weights @ norms))
+    if params.log_map:
+        tangent, size = _tangent(units, point, weights)
+        point = _exp(point, tangent, size)
+    return _scaled(point, norms, float(weights @ norms))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def merge_state_dicts(
     """Merges tensors of equal names, in each one's own dtype; integer tensors are taken from the first dict.
 
     **Arguments**
-    model_params: one mapping a model (weight, density …); `params`: the method's own (normalize, `lambda_` …).
+    model_params: one mapping a model (weight, density …); params: the method's own (normalize, …).
 
     **Raises** InputError where names, shapes, parameters or the base do not fit.
     """

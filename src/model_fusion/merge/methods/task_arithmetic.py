@@ -1,8 +1,8 @@
 """task_arithmetic, and the weighting and sign election that ties, dare, della and breadcrumbs share.
 
 Task arithmetic: Ilharco et al. 2023, base + λ Σ wδ with δ = θ − base. Sign election: Yadav et al. 2023
-(TIES, section 3.2), with the weights applied before the election unless `sign_before_weight` asks for the
-paper's order.
+(TIES, section 3.2), with the weights applied before the election unless `sign_before_weight` asks for
+the paper's order.
 """
 
 from __future__ import annotations
