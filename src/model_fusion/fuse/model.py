@@ -54,15 +54,23 @@ class FusedModel(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, base: Any, tokenizer: Any, experts: Mapping[str, Expert], source: LLMSource) -> None:
+    def __init__(
+        self,
+        base: Any,
+        tokenizer: Any,
+        experts: Mapping[str, Expert],
+        source: LLMSource,
+        *,
+        reserved: Mapping[str, int] | None = None,
+    ) -> None:
         attention = base.config._attn_implementation
         super().__init__(FusedConfig(text_config=base.config, attn_implementation=attention))
         base.config._attn_implementation = attention  # PreTrainedModel resets it in every config it holds
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
         self.tokenizer, self.experts, self.source = tokenizer, dict(experts), source
-        embeddings = base.get_input_embeddings().weight
-        self.reserved = dict(zip(experts, reserve_ids(tokenizer, len(embeddings), len(experts)), strict=True))
+        count = base.get_input_embeddings().weight.shape[0]
+        self.reserved = dict(reserved or zip(experts, reserve_ids(tokenizer, count, len(experts)), strict=True))
         self.fusions = nn.ModuleDict()
         self.active = ""
         self.enabled = True
@@ -198,6 +206,26 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         from model_fusion.fuse.fit import fit
 
         return fit(self, examples, **settings)
+
+    def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
+        """Write bridge, normalisers and experts; the base by reference and hash. The options that Trainer passes
+        (`state_dict`, `is_main_process` …) do not apply."""
+        from model_fusion.fuse.saving import save_fused
+
+        save_fused(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> FusedModel:
+        """Load what `save_pretrained` wrote: see `model_fusion.fuse.saving.load_fused` for the options."""
+        from model_fusion.fuse.saving import load_fused
+
+        return load_fused(folder, **options)
+
+    def load_bridge(self, name: str, folder: str | Path) -> None:
+        """Add a bridge saved for the same experts and base as `name`, and switch to it."""
+        from model_fusion.fuse.saving import load_bridge
+
+        load_bridge(self, name, folder)
 
     # ---- the forward pass ----------------------------------------------------------------------------------
 

@@ -1,0 +1,211 @@
+"""A fused model on disk: `fusion_config.json`, the bridge, the experts; the base LLM only by reference and hash.
+
+fusion_config.json     what was fused, and the SHA-256 of every other file
+bridge.safetensors     bridge and normalisers
+adapter/               peft's own files, where the bridge is LoRA
+experts/<name>/        each expert's own files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from model_fusion.checkpoint.llm import load_llm, resolve_llm
+from model_fusion.errors import InputError, IntegrityError
+from model_fusion.fuse.bridges import bridge_config
+from model_fusion.fuse.experts import Expert, load_expert, save_expert
+from model_fusion.fuse.experts.registry import file_sha256
+from model_fusion.fuse.model import FusedModel
+
+FORMAT = 1
+CONFIG = "fusion_config.json"
+WEIGHTS = "bridge.safetensors"
+
+
+def save_fused(fused: FusedModel, folder: str | Path) -> None:
+    """Write the active bridge, its normalisers and the experts. Complete or not at all: an interrupt or a full
+    disk leaves what was there before. Raises InputError where `folder` holds something else."""
+    with replaced(Path(folder)) as work:
+        experts = {name: save_expert(expert, work / "experts" / name) for name, expert in fused.experts.items()}
+        state = {key: value.detach().cpu().contiguous() for key, value in fused.fusion.state_dict().items()}
+        save_file(state, work / WEIGHTS, metadata={"format": "pt"})
+        extra = fused.bridge.save_extra(fused.base, fused.active, work)
+        config = {
+            "format": FORMAT,
+            "base": {
+                "name": fused.source.name,
+                "hash": fused.source.hash,
+                "fingerprint": fingerprint(fused.base),
+                "dtype": str(fused.base.dtype).removeprefix("torch."),
+            },
+            "bridge": fused.fusion.config.to_json(),
+            "reserved_ids": fused.reserved,
+            "experts": experts,
+            "sha256": {name: file_sha256(work / name) for name in (WEIGHTS, *extra)},
+        }
+        (work / CONFIG).write_text(json.dumps({**config, "self": _digest(config)}, indent=2) + "\n")
+
+
+def load_fused(
+    folder: str | Path,
+    *,
+    base: Any = None,
+    tokenizer: Any = None,
+    given: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> FusedModel:
+    """Rebuild what `save_fused` wrote.
+
+    base: a name, folder or loaded model (then with `tokenizer`) to use in place of the recorded reference; its
+    weights must be the ones the bridge was trained on. given: for each expert that could not be written whole, its
+    live part (a callable, a torch module, or `Given`). Raises InputError for what is missing, IntegrityError for
+    what does not match its hash.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    for name in given or {}:
+        if name not in config["experts"]:
+            raise InputError(f"given names {name!r}, but the experts here are {', '.join(config['experts'])}")
+    experts = {name: _expert(folder, name, c, given, allow_pickle) for name, c in config["experts"].items()}
+    recorded = config["base"]
+    if base is None or isinstance(base, (str, Path)):
+        source = resolve_llm(recorded["name"] if base is None else base, expected_hash=recorded["hash"])
+        base, tokenizer = load_llm(source, dtype=dtype or getattr(torch, recorded["dtype"]), **options)
+    else:
+        if tokenizer is None:
+            raise InputError("a loaded base model needs its tokenizer: from_pretrained(folder, base=…, tokenizer=…)")
+        source = resolve_given(recorded)
+    # A quantised or converted base has other bytes than the one it was trained on; its source file is checked above.
+    converted = "quantization_config" in options or str(base.dtype) != f"torch.{recorded['dtype']}"
+    if not converted and fingerprint(base) != recorded["fingerprint"]:
+        raise IntegrityError(
+            f"the base LLM {recorded['name']!r} has changed since this bridge was trained: "
+            "retrain the bridge, or hand in the original base"
+        )
+    fused = FusedModel(base, tokenizer, experts, source, reserved=config["reserved_ids"])
+    load_bridge(fused, "default", folder, config)
+    return fused
+
+
+def load_bridge(fused: FusedModel, name: str, folder: str | Path, config: dict[str, Any] | None = None) -> None:
+    """Add the bridge saved in `folder` to a model as `name`, and switch to it."""
+    folder = Path(folder)
+    config = config or read_config(folder)
+    if config["reserved_ids"] != fused.reserved:
+        raise InputError(f"{folder}: this bridge was trained for the experts {', '.join(config['reserved_ids'])}")
+    for file, digest in config["sha256"].items():
+        if not (folder / file).is_file():
+            raise IntegrityError(f"{folder / file} is missing")
+        if file_sha256(folder / file) != digest:
+            raise IntegrityError(f"{folder / file} is not the file that was saved: its SHA-256 differs")
+    fused.add_bridge(name, bridge_config(config["bridge"]))
+    state, own = load_file(folder / WEIGHTS), fused.fusion.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        raise IntegrityError(f"{folder / WEIGHTS}: does not fit these experts and this base LLM")
+    fused.fusion.load_state_dict(state)
+    fused.bridge.load_extra(fused.base, name, folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `fusion_config.json` of a saved fusion."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise InputError(f"{folder}: no {CONFIG} here; expected the output of `model-fusion fuse` or `save_pretrained`")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+        digest = config.pop("self")
+    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+        raise IntegrityError(f"{file}: damaged; save the fusion again") from None
+    if digest != _digest(config):
+        raise IntegrityError(f"{file}: was changed after it was saved")
+    if config["format"] != FORMAT:
+        raise InputError(
+            f"{file}: format {config['format']}, but this version reads format {FORMAT}: upgrade model-fusion"
+        )
+    return config
+
+
+def fingerprint(base: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and up to 4,096 evenly spread elements of each of the LLM's own tensors, adapters
+    left out: cheap, and any further training of the base changes it."""
+    digest = hashlib.sha256()
+    tensors = {
+        key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if "lora_" not in key
+    }
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key}{list(value.shape)}{value.dtype}".encode())
+        flat = value.detach().reshape(-1)
+        taken = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
+        digest.update(taken.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resolve_given(recorded: Mapping[str, Any]) -> Any:
+    """The recorded source of a base that the caller hands in loaded; its weights are checked by fingerprint."""
+    from model_fusion.checkpoint.llm import LLMSource
+
+    return LLMSource(recorded["name"], recorded["name"], recorded["hash"])
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block completes."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise InputError(f"{target}: exists and holds something else than a fusion; name another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.incomplete-"))
+    old = work.with_name(work.name.replace(".incomplete-", ".old-"))
+    try:
+        yield work
+        for file in work.rglob("*"):
+            _sync(file)
+        if target.exists():
+            target.rename(old)
+        try:
+            work.chmod(0o755)
+            work.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _expert(
+    folder: Path, name: str, config: Mapping[str, Any], given: Mapping[str, Any] | None, allow_pickle: bool
+) -> Expert:
+    try:
+        return load_expert(folder / "experts" / name, config, given=(given or {}).get(name), allow_pickle=allow_pickle)
+    except InputError as error:
+        raise InputError(f"expert {name!r}: {error}") from None
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
