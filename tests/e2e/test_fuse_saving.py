@@ -95,7 +95,7 @@ def test_missing_expert_file_is_named(saved: tuple[FusedModel, Path], tmp_path: 
 
 
 def test_a_changed_base_is_refused(saved: tuple[FusedModel, Path]) -> None:
-    fused, folder = saved
+    _, folder = saved
     other = FusedModel.build("smollm2", experts={"flower": expert()}, dtype=torch.float32)
     with torch.no_grad():
         other.base.get_input_embeddings().weight.add_(1e-3)
