@@ -25,7 +25,8 @@ from model_fusion.training.progress import Progress
 @dataclass(frozen=True)
 class TrainSettings:
     """How long and how fast. `patience`: validations without improvement before stopping early; 0 never stops.
-    `target`: stop as soon as the validation score (a share, higher is better) and loss reach (score, loss)."""
+    `target`: stop when the validation score (a share, higher is better) and loss reach (score, loss) at `hold`
+    validations in a row: one alone can be luck where few rows validate."""
 
     steps: int = 200
     batch_size: int = 32
@@ -36,11 +37,12 @@ class TrainSettings:
     validate_every: int = 10
     patience: int = 10
     target: tuple[float, float] | None = None
+    hold: int = 2
     seed: int = 0
     save_every_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every"):
+        for name in ("steps", "batch_size", "validate_every", "hold"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -120,7 +122,7 @@ def train(
                     best, since, history.best_step = (measure, state.copy()), 0, done
                 else:
                     since += 1
-                history.stopped = _stop(measure, since, settings)
+                history.stopped = _stop(history, since, settings)
             bar.update(done, value, history.validations[-1][2] if history.validations else None)
             history.seconds = time.monotonic() - clock
             if resume and time.monotonic() - saved > settings.save_every_seconds:
@@ -132,9 +134,12 @@ def train(
     return history
 
 
-def _stop(measure: Measure, since: int, settings: TrainSettings) -> str:
-    if settings.target and measure.score >= settings.target[0] and measure.loss <= settings.target[1]:
-        return "target reached"
+def _stop(history: History, since: int, settings: TrainSettings) -> str:
+    if settings.target:
+        last = history.validations[-settings.hold :]
+        reached = [score >= settings.target[0] and loss <= settings.target[1] for _, loss, score in last]
+        if len(reached) == settings.hold and all(reached):
+            return "target reached"
     return "no improvement" if settings.patience and since >= settings.patience else ""
 
 

@@ -198,7 +198,9 @@ def render(state: State, rng: np.random.Generator) -> NDArray[np.uint8]:
     inner.player = [1, total - 11] if usable else [total - 10, 10] if total > 11 else [2, total - 2]
     inner.dealer = [dealer, 10]
     inner.dealer_top_card_suit = rng.choice(["C", "D", "H", "S"])
-    inner.dealer_top_card_value_str = "A" if dealer == 1 else str(rng.choice(["J", "Q", "K"]) if dealer == 10 else dealer)
+    inner.dealer_top_card_value_str = (
+        "A" if dealer == 1 else str(rng.choice(["J", "Q", "K"]) if dealer == 10 else dealer)
+    )
     picture: NDArray[np.uint8] = env.render()
     return picture
 
