@@ -52,6 +52,7 @@ def save_fused(fused: FusedModel, folder: str | Path) -> None:
             "bridge": fused.fusion.config.to_json(),
             "reserved_ids": fused.reserved,
             "experts": experts,
+            "task": fused.task,
             "sha256": {name: file_sha256(work / name) for name in (WEIGHTS, *extra)},
         }
         (work / CONFIG).write_text(json.dumps({**config, "self": _digest(config)}, indent=2) + "\n")
@@ -96,6 +97,7 @@ def load_fused(
             "retrain the bridge, or hand in the original base"
         )
     fused = FusedModel(base, tokenizer, experts, source, reserved=config["reserved_ids"])
+    fused.task = config.get("task")
     load_bridge(fused, "default", folder, config)
     return fused
 

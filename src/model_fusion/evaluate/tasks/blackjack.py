@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from model_fusion.evaluate.blackjack import State, evaluate, states
-from model_fusion.evaluate.tasks.base import Task
-from model_fusion.evaluate.tasks.blackjack_experts import EXPERTS
+from model_fusion.errors import InputError
+from model_fusion.evaluate.blackjack import State, evaluate, optimal_policy, states
+from model_fusion.evaluate.tasks.base import Metric, Task
+from model_fusion.evaluate.tasks.blackjack_experts import CLASSES, EXPERTS, untrained_expert
+from model_fusion.evaluate.tasks.exchanged import permuted, rule
 from model_fusion.fuse.experts import ClassDecision, Expert
 from model_fusion.fuse.fit import Example
 
@@ -64,8 +66,30 @@ def in_words(item: State) -> str:
     return f"my sum is {total}, the dealer shows {dealer}, usable ace: {'yes' if usable else 'no'}"
 
 
+def draw(figure: Any, items: Sequence[State], texts: Sequence[str]) -> None:
+    """The 280-state policy of the answers above the optimal one: hard and soft sums against the dealer's card."""
+    optimum = optimal_policy()
+    said: dict[State, str | None] = {state: parse(text) for state, text in zip(items, texts, strict=True)}
+    best: dict[State, str | None] = {state: CLASSES[optimum[state]] for state in items}
+    axes = figure.subplots(2, 2)
+    shades = {"stick": 0.0, "hit": 1.0, None: 0.5}
+    for line, (title, policy) in enumerate((("fused model", said), ("optimal play", best))):
+        for column, usable in enumerate((False, True)):
+            ax, low = axes[line][column], 12 if usable else 4
+            cells = [[shades[policy.get((t, d, usable))] for d in range(1, 11)] for t in range(low, 22)]
+            where = (0.5, 10.5, low - 0.5, 21.5)
+            ax.imshow(cells, cmap="coolwarm", vmin=0, vmax=1, origin="lower", aspect="auto", extent=where)
+            for total, dealer, soft in items:
+                if soft == usable and policy[total, dealer, soft] != best[total, dealer, soft]:
+                    ax.plot(dealer, total, "k.", markersize=4)
+            ax.set(title=f"{title}, {'soft' if usable else 'hard'} sums", xlabel="dealer's card", ylabel="sum")
+    figure.text(0.5, 0.005, "red: hit, blue: stick, grey: unreadable; a dot: not the optimal choice", ha="center")
+
+
 def blackjack_task(expert: str | Expert = "grid", *, seed: int = 0, labels: int = 200) -> Task:
     """`labels` labelled states (a fifth of them for validation), 80 test states, all 280 for the return."""
+    if isinstance(expert, str) and expert not in EXPERTS:
+        raise InputError(f"unknown Blackjack expert {expert!r}: one of {', '.join(EXPERTS)}")
     chosen = EXPERTS[expert](seed) if isinstance(expert, str) else expert
     everything = states()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(everything))
@@ -89,4 +113,23 @@ def blackjack_task(expert: str | Expert = "grid", *, seed: int = 0, labels: int 
         parse=parse,
         score=lambda items, texts: score(chosen, items, texts),
         in_words=in_words,
+        metric=Metric("return", "exact expected return", digits=4),
+        retold=lambda other: blackjack_task(other, seed=seed, labels=labels),
+        untrained=untrained_expert,
+        exchanged={
+            "its outputs exchanged": lambda: permuted(chosen, (1, 0)),
+            "hits below 16": lambda: rule(chosen, lambda item: "hit" if item[0] < 16 else "stick"),
+            "hits below 19 on soft sums only": lambda: rule(
+                chosen, lambda item: "hit" if item[2] and item[0] < 19 else "stick"
+            ),
+            "hits when the dealer shows 7 or more": lambda: rule(
+                chosen, lambda item: "hit" if item[1] >= 7 else "stick"
+            ),
+        },
+        draw=draw,
+        landmarks={
+            "optimal play": evaluate(optimal_policy()).expected_return,
+            "always stick": evaluate(dict.fromkeys(everything, 0)).expected_return,
+        },
+        options={"expert": expert, "seed": seed, "labels": labels} if isinstance(expert, str) else {},
     )
