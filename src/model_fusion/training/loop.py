@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +24,12 @@ from model_fusion.training.progress import Progress
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast. `patience`: validations without improvement before stopping early; 0 never stops.
-    `target`: stop when the validation score (a share, higher is better) and loss reach (score, loss) at `hold`
+    """How long and how fast. `steps` 0: as many as `epochs` passes over the examples take, at least 40.
+    `patience`: validations without improvement before stopping early; 0 never stops. `target`: stop when the validation score (a share, higher is better) and loss reach (score, loss) at `hold`
     validations in a row: one alone can be luck where few rows validate."""
 
-    steps: int = 200
+    steps: int = 0
+    epochs: float = 2.0
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
@@ -42,11 +43,17 @@ class TrainSettings:
     save_every_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every", "hold"):
+        for name in ("batch_size", "validate_every", "hold"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0 or not self.epochs > 0:
+            raise InputError(f"steps must not be negative and epochs above 0, got {self.steps} and {self.epochs}")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+    def steps_for(self, examples: int) -> int:
+        """How many steps a run over `examples` examples takes at most."""
+        return self.steps or max(40, math.ceil(self.epochs * examples / self.batch_size))
 
 
 @dataclass
@@ -91,6 +98,7 @@ def train(
     """
     from accelerate import Accelerator
 
+    settings = replace(settings, steps=settings.steps_for(examples))
     accelerator = Accelerator(cpu=all(p.device.type == "cpu" for p in parameters))
     generator = torch.Generator().manual_seed(settings.seed)
     indices = cast(Dataset[int], range(examples))
