@@ -24,9 +24,13 @@ from model_fusion.training.progress import Progress
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast. `steps` 0: as many as `epochs` passes over the examples take, at least 40.
-    `patience`: validations without improvement before stopping early; 0 never stops. `target`: stop when the validation score (a share, higher is better) and loss reach (score, loss) at `hold`
-    validations in a row: one alone can be luck where few rows validate."""
+    """How long and how fast.
+
+    `steps` 0: as many as `epochs` passes over the examples take, at least 40. `patience`: validations without
+    improvement before stopping early; 0 never stops. `target`: stop when the validation score (a share, higher is
+    better) and loss reach (score, loss) at `hold` validations in a row: one alone can be luck where few rows
+    validate.
+    """
 
     steps: int = 0
     epochs: float = 2.0
