@@ -163,7 +163,7 @@ def _answers(trials: Trials, found: Mapping[str, Mapping[str, Any]]) -> list[str
 
 
 def _fingerprint(fused: FusedModel, task: Task, training: Mapping[str, Any]) -> str:
-    """SHA-256 of what must be equal for kept cells to fit: fusion, task, training, versions. More seeds may be added."""
+    """SHA-256 of what kept cells must share: fusion, task, training, versions. More seeds may be added."""
     digest = hashlib.sha256(
         json.dumps(
             [fused.fusion.config.to_json(), task.name, task.prompt, dict(training), versions()],
