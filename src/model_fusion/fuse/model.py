@@ -317,8 +317,12 @@ class FusedModel(PreTrainedModel, GenerationMixin):
 
     # ---- generation ----------------------------------------------------------------------------------------
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Adds which occurrences are active at the positions being computed, from the whole row's ids."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adds which occurrences are active at the positions being computed, from the whole row's ids. The cache is
+        named here so that `generate` accepts one."""
+        kwargs["past_key_values"] = past_key_values
         model_inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         index = kwargs.get("expert_index")
         if index is not None:

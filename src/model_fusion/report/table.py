@@ -11,13 +11,13 @@ from rich.table import Table
 from model_fusion.report.claims import Claim
 
 
-def print_audit(report: Mapping[str, Any], judged: list[Claim], console: Console | None = None) -> None:
+def print_audit(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table, what was skipped, and the claims."""
     console = console or Console()
     console.print(audit_table(report))
     for skipped in report["skipped"]:
         console.print(f"{skipped['control']:>5}  {skipped['name']}: not applicable, {skipped['why']}", style="dim")
-    for claim in judged:
+    for claim in (Claim(**entry) for entry in report["claims"]):
         mark = {True: "[green]supported[/green]", False: "[red]not supported[/red]", None: "[yellow]open[/yellow]"}
         console.print(f"{mark[claim.supported]}: {claim.claim}")
         console.print(f"    {claim.because}", style="dim", highlight=False)

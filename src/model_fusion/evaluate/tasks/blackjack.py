@@ -106,6 +106,7 @@ def train_net(net: nn.Module, pictures: Tensor, *, seed: int, hands: int = 1_000
 
 def grid_expert(seed: int = 0) -> Expert:
     """The CNN on the state grid, trained from a million played hands."""
+    torch.manual_seed(seed)  # before the net is made: its start belongs to the seed
     net = train_net(GridNet(), grid(states()), seed=seed)
     return Expert.from_torch(Decisive(net).eval(), SCHEMA, preprocess=grid, classes=CLASSES)
 
