@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from model_fusion.errors import InputError, IntegrityError, MissingDependencyError, ModelFusionError
 
 if TYPE_CHECKING:
+    from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
@@ -18,6 +19,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    "audit": "model_fusion.evaluate.audit",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -45,4 +47,5 @@ __all__ = [
     "ModelFusionError",
     "Prefix",
     "Tool",
+    "audit",
 ]

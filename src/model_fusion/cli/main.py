@@ -8,6 +8,7 @@ import traceback
 import click
 import typer
 
+from model_fusion.cli.audit import audit
 from model_fusion.cli.merge import merge
 from model_fusion.errors import ModelFusionError
 
@@ -26,6 +27,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 
 app.command("merge")(merge)
+app.command("audit")(audit)
 
 
 def main() -> None:
