@@ -8,6 +8,9 @@ import traceback
 import click
 import typer
 
+from model_fusion.cli.chat import chat
+from model_fusion.cli.fuse import fuse
+from model_fusion.cli.generate import generate
 from model_fusion.cli.merge import merge
 from model_fusion.errors import ModelFusionError
 
@@ -26,6 +29,9 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 
 app.command("merge")(merge)
+app.command("fuse")(fuse)
+app.command("generate")(generate)
+app.command("chat")(chat)
 
 
 def main() -> None:

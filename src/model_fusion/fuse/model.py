@@ -76,6 +76,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         self.enabled = True
         self.wire = Wire(base)
         self._recomputes = False
+        self.task: dict[str, Any] | None = None
+        """What a saved fusion tells an audit: the task's `name`, its `options`, the `training` settings."""
 
     @classmethod
     def build(
