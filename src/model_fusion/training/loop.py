@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tempfile
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from model_fusion.errors import InputError, IntegrityError
+from model_fusion.training.interrupt import interrupt_after_step
 from model_fusion.training.progress import Progress
 
 
@@ -90,13 +92,15 @@ def train(
     settings: TrainSettings,
     *,
     resume: Path | None = None,
+    keep: bool = False,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
     """Minimise `step(indices)` over `parameters`; keep those of the best validation (score, then loss).
 
     step: module from int64 indices [b] of examples to a scalar loss. resume: a file where the state is kept
-    while running and from which an interrupted run goes on; it is removed when training completes.
+    while running and from which an interrupted run goes on; it is removed when training completes, unless `keep`
+    leaves the complete state there for a caller that has yet to save the result. Ctrl-C saves it first.
     fingerprint: what must be equal for a resumed state to fit (settings and data). Raises InputError on a loss
     that is not finite, IntegrityError when `resume` belongs to another run.
     """
@@ -112,7 +116,10 @@ def train(
     state = _State(parameters, optimizer, resume if accelerator.is_main_process else None, fingerprint)
     history, best, since = state.load(resume)
     done, clock, saved = len(history.losses), time.monotonic() - history.seconds, time.monotonic()
-    with Progress(settings.steps, done, show=progress and accelerator.is_local_main_process) as bar:
+    with (
+        interrupt_after_step(resume is not None) as interrupted,
+        Progress(settings.steps, done, show=progress and accelerator.is_local_main_process) as bar,
+    ):
         batches = _endless(order, skip=done)
         while done < settings.steps and not history.stopped:
             _schedule(optimizer, done, settings)
@@ -140,9 +147,15 @@ def train(
             if resume and time.monotonic() - saved > settings.save_every_seconds:
                 state.save(history, best, since)
                 saved = time.monotonic()
+            if interrupted():
+                state.save(history, best, since)
+                raise KeyboardInterrupt
+    if keep:
+        state.save(history, best, since)
+    else:
+        state.forget()
     if best is not None:
         state.restore(best[1])
-    state.forget()
     return history
 
 
@@ -207,7 +220,9 @@ class _State:
         handle, name = tempfile.mkstemp(dir=self.file.parent, prefix=".resume-")
         os.close(handle)
         try:
-            torch.save(data, name)
+            buffer = io.BytesIO()  # torch's own writer would tell of a full disk as a RuntimeError
+            torch.save(data, buffer)
+            Path(name).write_bytes(buffer.getbuffer())
             os.replace(name, self.file)
         finally:
             Path(name).unlink(missing_ok=True)
