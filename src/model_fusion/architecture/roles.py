@@ -21,7 +21,8 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("mlp", r"(mlp|feed_forward|ffn|fc\d|intermediate|output\.dense)"),
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
+_BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|predictions|predictions\.decoder)\.(weight|bias)$")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -88,6 +89,16 @@ def tied(config: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, ...
     embedding = next((name for name in known if _EMBEDDINGS.search(name)), None)
     heads = [name for name in known if name.endswith(_HEADS)]
     return [(embedding, *heads)] if embedding and heads else []
+
+
+def input_embedding(names: Iterable[str]) -> str | None:
+    """The tensor that holds one row a token."""
+    return next((name for name in names if _EMBEDDINGS.search(name) and not _TOWER.search(name)), None)
+
+
+def has_row_a_token(name: str) -> bool:
+    """Whether a tensor's rows are tokens: input embeddings, language-model heads and their biases."""
+    return bool(_EMBEDDINGS.search(name) or _BY_TOKEN.search(name)) and not _TOWER.search(name)
 
 
 def stacked_config(config: Mapping[str, Any], sources: Sequence[int], length: int) -> dict[str, Any]:

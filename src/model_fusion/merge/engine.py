@@ -23,6 +23,7 @@ from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
 from model_fusion.merge.methods import Key, get
 from model_fusion.merge.plan import Input, MergePlan, Method, Output
+from model_fusion.merge.prepare import prepare
 from model_fusion.recipe.merge import MergeRecipe, load
 
 _CHUNK = 1 << 22
@@ -37,7 +38,15 @@ def plan(recipe: Path | MergeRecipe, *, method: Method | None = None) -> MergePl
         method = get(parsed.merge_method)
     planning.check_parameters(parsed, method)
     checkpoints = {name: open_checkpoint(resolve(name, folder)) for name in parsed.model_names()}
-    return planning.build(parsed, method, checkpoints)
+    spec = parsed.tokenizer_spec()
+    other = None
+    if spec is not None and spec.source not in ("base", "union", *checkpoints):
+        try:
+            place = resolve(spec.source, folder).folder
+        except InputError as error:
+            raise InputError(f"tokenizer_source is none of base, union or a model: {error}") from error
+        other = {name: (place / name).read_bytes() for name in small_files(place)}
+    return planning.build(parsed, method, prepare(parsed, checkpoints, other))
 
 
 def merge(
@@ -159,11 +168,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _files(work: MergePlan) -> dict[str, bytes]:
-    folder = work.checkpoints[work.template].folder
-    files = {name: (folder / name).read_bytes() for name in small_files(folder)}
-    template = work.recipe.chat_template
-    if template not in (None, "auto"):
-        files["chat_template.jinja"] = str(template).encode()
+    files = dict(work.files)
     if work.config:
         files["config.json"] = json.dumps(work.config, indent=2, ensure_ascii=False).encode() + b"\n"
     return files

@@ -20,8 +20,8 @@ from model_fusion.architecture.roles import (
 )
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
-from model_fusion.checkpoint.vocabulary import vocabulary
 from model_fusion.errors import InputError
+from model_fusion.merge.prepare import Prepared
 from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Parameters, SliceSource, nearest
 from model_fusion.recipe.parameters import evaluate, filters_of
 
@@ -72,7 +72,7 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What `engine` executes. `template` is the model whose config and tokenizer the output gets."""
+    """What `engine` executes. `template` is the model whose config the output gets, `files` its small files."""
 
     recipe: MergeRecipe
     method: Method
@@ -80,6 +80,7 @@ class MergePlan:
     template: str
     outputs: list[Output]
     config: dict[str, Any]
+    files: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -102,25 +103,26 @@ def check_parameters(recipe: MergeRecipe, method: Method) -> None:
                 raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
 
 
-def build(recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint]) -> MergePlan:
+def build(recipe: MergeRecipe, method: Method, ready: Prepared) -> MergePlan:
     """The plan, or one `InputError` that lists every problem."""
-    names = recipe.model_names()
-    template = recipe.base_model or names[0]
-    planner = _Planner(recipe, method, checkpoints, template)
+    planner = _Planner(recipe, method, ready)
     planner.run()
     if planner.problems:
         shown = planner.problems[:50]
         more = len(planner.problems) - len(shown)
         lines = "; ".join(shown) + (f"; and {more} more" if more else "")
         raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
-    return MergePlan(recipe, method, checkpoints, template, planner.outputs, planner.config())
+    config = planner.config()
+    return MergePlan(recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files)
 
 
 class _Planner:
-    def __init__(self, recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint], template: str) -> None:
-        self.recipe, self.method, self.checkpoints, self.name = recipe, method, checkpoints, template
-        self.template = checkpoints[template]
-        self.problems: list[str] = []
+    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared) -> None:
+        self.recipe, self.method = recipe, method
+        self.checkpoints, self.name = ready.checkpoints, ready.template
+        self.template = self.checkpoints[self.name]
+        self.first_config = ready.config
+        self.problems: list[str] = list(ready.problems)
         self.outputs: list[Output] = []
         self.stack = main_stack(self.template.names)
         self.order: list[int] = []
@@ -128,7 +130,6 @@ class _Planner:
 
     def run(self) -> None:
         self._check_models()
-        self._check_vocabularies()
         if self.recipe.slices is None:
             block = _Block(self.recipe.models or [], [self.recipe.parameters])
             length = self.stack[1] if self.stack else 0
@@ -150,10 +151,7 @@ class _Planner:
         for group in tied(self.template.config, dict.fromkeys(every)):
             for head in group[1:]:
                 holders = [c for c in self.checkpoints.values() if head in c and group[0] in c]
-                if all(
-                    c.spec(head).shape == c.spec(group[0]).shape and torch.equal(c.read(head), c.read(group[0]))
-                    for c in holders
-                ):
+                if all(c.same(head, group[0]) for c in holders):
                     found[head] = group[0]
         return found
 
@@ -189,20 +187,6 @@ class _Planner:
         elementwise (linear, passthrough) the base is a model like the others, and the template."""
         kind = self.method.needs_base
         return kind == "required" or (kind == "optional" and self.method.sees != "elementwise")
-
-    def _check_vocabularies(self) -> None:
-        wanted = self.recipe.tokenizer_source
-        if wanted not in (None, "base", "union", *self.checkpoints):
-            self.problems.append(f"tokenizer_source {wanted!r} is none of base, union or a model of the recipe")
-        template = self.recipe.chat_template
-        if template not in (None, "auto") and "{" not in template:
-            self.problems.append(f"chat_template {template!r} is neither auto nor a Jinja text")
-        own = vocabulary(self.template.folder)
-        for name, checkpoint in self.checkpoints.items():
-            other = vocabulary(checkpoint.folder)
-            if own is not None and other is not None and own != other:
-                odd = next(iter(sorted(set(own.items()) ^ set(other.items()))))
-                self.problems.append(f"{name}: its vocabulary differs from {self.name}'s (at token {odd[0]!r})")
 
     def _slices(self) -> None:
         parts = self.recipe.slices or []
@@ -330,7 +314,7 @@ class _Planner:
 
     def config(self) -> dict[str, Any]:
         """The template's config with the true dtype and layer count."""
-        config = copy.deepcopy(self.template.config)
+        config = copy.deepcopy(self.first_config)
         if self.stack is not None:
             config = stacked_config(config, self.order, self.stack[1])
         counts: dict[torch.dtype, int] = {}

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from model_fusion.errors import InputError
 from model_fusion.recipe.parameters import check_value
+from model_fusion.recipe.tokenizer import ModelToken, TokenEmbedding, TokenizerSpec, Zero
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Parameters = dict[str, Any]
@@ -80,6 +81,7 @@ class MergeRecipe(_Part):
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
+    tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
     name: str | None = None
     seed: int = 0
@@ -90,7 +92,13 @@ class MergeRecipe(_Part):
             raise ValueError("give either `models` or `slices` (one of them, not both)")
         if not (self.models or self.slices):
             raise ValueError("the recipe names no models")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("give either `tokenizer` or `tokenizer_source` (one of them, not both)")
         return self
+
+    def tokenizer_spec(self) -> TokenizerSpec | None:
+        """What the recipe says of the output's tokenizer, in whichever way."""
+        return TokenizerSpec(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     def model_names(self) -> list[str]:
         """Every model's text in order of appearance, the base last if it appears nowhere else."""
@@ -136,6 +144,7 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
         _check_keys(part, Slice, f"{where}: slices[{i}]")
         for j, source in enumerate(_items(part.get("sources"))):
             _check_keys(source, SliceSource, f"{where}: slices[{i}].sources[{j}]")
+    _check_tokenizer(data.get("tokenizer"), where)
     try:
         return MergeRecipe.model_validate(data)
     except ValidationError as error:
@@ -143,6 +152,25 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+
+
+def _check_tokenizer(data: Any, where: str) -> None:
+    if not isinstance(data, dict):
+        return
+    _check_keys(data, TokenizerSpec, f"{where}: tokenizer")
+    tokens = data.get("tokens")
+    for token, entry in (tokens if isinstance(tokens, dict) else {}).items():
+        place = f"{where}: tokenizer.tokens[{token!r}]"
+        if not isinstance(entry, dict):
+            raise InputError(f"{place}: expected a source (a model, kind: zero or kind: model_token)")
+        _check_keys(entry, TokenEmbedding, place)
+        source = entry.get("source")
+        if isinstance(source, dict):
+            kinds: dict[str, type[BaseModel]] = {"zero": Zero, "model_token": ModelToken}
+            kind = str(source.get("kind"))
+            if kind not in kinds:
+                raise InputError(f"{place}: unknown kind {kind!r}; {nearest(kind, kinds)}")
+            _check_keys(source, kinds[kind], place)
 
 
 def _items(value: Any) -> list[dict[str, Any]]:
