@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from model_fusion.architecture.align import aligned, multimodal
 from model_fusion.architecture.roles import has_row_a_token, input_embedding
 from model_fusion.checkpoint.reader import Checkpoint
-from model_fusion.checkpoint.views import Remade
+from model_fusion.checkpoint.views import Remade, Renamed
 from model_fusion.errors import InputError
 from model_fusion.recipe.merge import MergeRecipe
 from model_fusion.recipe.tokenizer import TokenizerSpec
@@ -47,13 +48,24 @@ def prepare(
 ) -> Prepared:
     """The inputs as the planner wants them. `other_tokenizer`: files of a tokenizer source that is not merged."""
     template = recipe.base_model or recipe.model_names()[0]
+    if not multimodal(checkpoints[template].config):  # a text model has no place for a tower
+        template = next((name for name, c in checkpoints.items() if multimodal(c.config)), template)
     own = checkpoints[template]
-    ready = Prepared(dict(checkpoints), template, own.files(), json.loads(json.dumps(own.config)))
+    views = {name: _aligned(checkpoint, own) for name, checkpoint in checkpoints.items()}
+    ready = Prepared(views, template, own.files(), json.loads(json.dumps(own.config)))
     try:
         _Tokens(recipe, ready, other_tokenizer).run()
     except InputError as error:
         ready.problems.append(str(error))
     return ready
+
+
+def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """The checkpoint under the template's names."""
+    if checkpoint is template or not (multimodal(checkpoint.config) or multimodal(template.config)):
+        return checkpoint
+    names = aligned(checkpoint.names, template.names)
+    return checkpoint if all(new == old for new, old in names.items()) else Renamed(checkpoint, names)
 
 
 class _Tokens:

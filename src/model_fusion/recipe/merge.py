@@ -68,6 +68,19 @@ class Slice(_Part):
         return self
 
 
+class Module(_Part):
+    """One part of a model (its text decoder, its vision tower …), merged by models or slices of its own."""
+
+    models: list[ModelEntry] | None = Field(default=None, min_length=1)
+    slices: list[Slice] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Module":
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("give either `models` or `slices` (one of them, not both)")
+        return self
+
+
 class MergeRecipe(_Part):
     """A merge: the method, its models (or slices of them), and parameters at every level.
 
@@ -77,6 +90,7 @@ class MergeRecipe(_Part):
     merge_method: str
     models: list[ModelEntry] | None = None
     slices: list[Slice] | None = None
+    modules: dict[str, Module] | None = None
     base_model: str | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
@@ -88,9 +102,9 @@ class MergeRecipe(_Part):
 
     @model_validator(mode="after")
     def _one_form(self) -> "MergeRecipe":
-        if (self.models is None) == (self.slices is None):
-            raise ValueError("give either `models` or `slices` (one of them, not both)")
-        if not (self.models or self.slices):
+        if sum(form is not None for form in (self.models, self.slices, self.modules)) != 1:
+            raise ValueError("give either `models` or `slices` (one of them, not both), or `modules`")
+        if not (self.models or self.slices or self.modules):
             raise ValueError("the recipe names no models")
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("give either `tokenizer` or `tokenizer_source` (one of them, not both)")
@@ -100,10 +114,16 @@ class MergeRecipe(_Part):
         """What the recipe says of the output's tokenizer, in whichever way."""
         return TokenizerSpec(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
+    def parts(self) -> list[_Part]:
+        """Every part that can hold parameters: itself, modules, models, slices and their sources."""
+        owners: list[MergeRecipe | Module] = [self, *(self.modules or {}).values()]
+        slices = [part for owner in owners for part in owner.slices or []]
+        models = [entry for owner in owners for entry in owner.models or []]
+        return [*owners, *models, *slices, *(source for part in slices for source in part.sources)]
+
     def model_names(self) -> list[str]:
         """Every model's text in order of appearance, the base last if it appears nowhere else."""
-        found = [entry.model for entry in self.models or []]
-        found += [source.model for part in self.slices or [] for source in part.sources]
+        found = [part.model for part in self.parts() if isinstance(part, ModelEntry | SliceSource)]
         if self.base_model:
             found.append(self.base_model)
         return list(dict.fromkeys(found))
@@ -138,12 +158,12 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected keys such as merge_method and models")
     _check_keys(data, MergeRecipe, where)
-    for i, entry in enumerate(_items(data.get("models"))):
-        _check_keys(entry, ModelEntry, f"{where}: models[{i}]")
-    for i, part in enumerate(_items(data.get("slices"))):
-        _check_keys(part, Slice, f"{where}: slices[{i}]")
-        for j, source in enumerate(_items(part.get("sources"))):
-            _check_keys(source, SliceSource, f"{where}: slices[{i}].sources[{j}]")
+    _check_models(data, where)
+    modules = data.get("modules")
+    for key, part in (modules if isinstance(modules, dict) else {}).items():
+        if isinstance(part, dict):
+            _check_keys(part, Module, f"{where}: modules.{key}")
+            _check_models(part, f"{where}: modules.{key}")
     _check_tokenizer(data.get("tokenizer"), where)
     try:
         return MergeRecipe.model_validate(data)
@@ -152,6 +172,15 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+
+
+def _check_models(data: dict[str, Any], where: str) -> None:
+    for i, entry in enumerate(_items(data.get("models"))):
+        _check_keys(entry, ModelEntry, f"{where}: models[{i}]")
+    for i, part in enumerate(_items(data.get("slices"))):
+        _check_keys(part, Slice, f"{where}: slices[{i}]")
+        for j, source in enumerate(_items(part.get("sources"))):
+            _check_keys(source, SliceSource, f"{where}: slices[{i}].sources[{j}]")
 
 
 def _check_tokenizer(data: Any, where: str) -> None:
