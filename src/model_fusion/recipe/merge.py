@@ -168,7 +168,8 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
     try:
         return MergeRecipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # of a choice of forms, the one whose own rule failed says more than those that did not fit at all
+        first = min(error.errors(), key=lambda found: found["type"] != "value_error")
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
