@@ -64,3 +64,8 @@ class AdaptedCheckpoint(Checkpoint):
             return weight
         delta = map_tensor(pair["B"]).float() @ map_tensor(pair["A"]).float()
         return weight.float().add(delta.T if self._transpose else delta, alpha=self._scale)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        pair = self._pairs.get(name, {})
+        parts = {f"{name}+lora_{label}": map_tensor(entry) for label, entry in sorted(pair.items())}
+        return {name: super().read(name), **parts}

@@ -73,6 +73,7 @@ def merge(
             work.recipe.model_dump(exclude_none=True, mode="json"),
             work.recipe.seed,
             list(work.checkpoints.values()),
+            specs,
             writer.done,
             writer.inputs_of,
             files,
@@ -112,8 +113,9 @@ class _Run:
             sources = [*item.inputs, *([item.base] if item.base else [])]
             tensors = [self._checkpoint(source).read(source.tensor) for source in sources]
             hashes = {
-                f"{source.model}:{source.tensor}": hashlib.sha256(as_bytes(tensor)).hexdigest()
-                for source, tensor in zip(sources, tensors, strict=True)
+                f"{source.model}:{label}": hashlib.sha256(as_bytes(part)).hexdigest()
+                for source in sources
+                for label, part in self._checkpoint(source).stored(source.tensor).items()
             }
             if item.copied:
                 result = tensors[0].to(item.spec.dtype)
