@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,21 @@ def _version() -> str:
 
 def build(
     kind: str,
+    method: str,
     recipe: Mapping[str, Any],
-    seed: int,
     parents: Sequence[Checkpoint],
     specs: Sequence[TensorSpec],
     outputs: Mapping[str, str],
     inputs: Mapping[str, Mapping[str, str]],
     files: Mapping[str, bytes],
+    *,
+    command: str,
+    defaults: Mapping[str, Any],
+    seed: int = 0,
 ) -> bytes:
     """The lineage file: `outputs` maps tensor → SHA-256, `inputs` maps tensor → {parent:tensor → SHA-256}.
 
+    `command` makes the output again, `defaults` are what the method takes where the recipe is silent.
     dtype and shape of the `specs` stand beside the hashes: the same bytes under another dtype are another tensor.
     """
     tensors = {
@@ -50,8 +56,11 @@ def build(
     record = {
         "format": 1,
         "kind": kind,
+        "method": method,
         "recipe": dict(recipe),
+        "defaults": dict(defaults),
         "seed": seed,
+        "command": command,
         "versions": {
             "model_fusion": _version(),
             "torch": torch.__version__,
@@ -65,15 +74,16 @@ def build(
 
 
 def _parent(parent: Checkpoint, tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """A parent's text, licence, hub revision, and one SHA-256 over the hashes of the tensors that were read."""
+    """A parent's text, hub revision, licences (an adapter has its own), and one SHA-256 over those of its tensors."""
     prefix = parent.source.spec + ":"
     read = {key: value for entry in tensors for key, value in entry["inputs"].items() if key.startswith(prefix)}
     lines = "".join(f"{value}  {key.removeprefix(prefix)}\n" for key, value in sorted(read.items()))
+    folders = [parent.folder, *([parent.source.adapter] if parent.source.adapter else [])]
     revision = parent.folder.name if parent.folder.parent.name == "snapshots" else None
     return {
         "model": parent.source.spec,
         "revision": revision,
-        "licence": licence_of(parent.folder),
+        "licences": [licence_of(folder) for folder in folders],
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
 
@@ -83,6 +93,9 @@ def licence_of(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]
-    found = next((line for line in lines if line.startswith("license:")), None)
-    return found.partition(":")[2].strip() if found else None
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return None
+    head = takewhile(lambda line: line.strip() != "---", lines[1:])
+    found = next((line for line in head if line.startswith("license:")), "")
+    return found.partition(":")[2].strip().strip("'\"") or None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_fusion.checkpoint import lineage
+from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
@@ -70,14 +70,18 @@ def merge(
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "merge",
+            work.method.name,
             work.recipe.model_dump(exclude_none=True, mode="json"),
-            work.recipe.seed,
             list(work.checkpoints.values()),
             specs,
             writer.done,
             writer.inputs_of,
             files,
+            command="model-fusion merge recipe.yml -o out",
+            defaults=planning.defaults(work.method),
+            seed=work.recipe.seed,
         )
+        files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)
     return output
 
