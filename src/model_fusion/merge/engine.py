@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from model_fusion.checkpoint import card, lineage
+from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
-from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes, check_target
+from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
 from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
 from model_fusion.merge.methods import Key, get
