@@ -155,6 +155,10 @@ class Checkpoint:
                 self._maps[entry.file] = _map(entry.file)
         return map_tensor(entry, self._maps[entry.file])
 
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """What `read` makes the tensor from, as it lies on disk: label → tensor. This is what lineage hashes."""
+        return {name: self.read(name)}
+
 
 def _map(file: Path) -> mmap.mmap:
     with file.open("rb") as handle:

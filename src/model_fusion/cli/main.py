@@ -9,6 +9,7 @@ import click
 import typer
 
 from model_fusion.cli.merge import merge
+from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 
 app.command("merge")(merge)
+app.command("verify")(verify)
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_fusion.checkpoint import lineage
+from model_fusion.checkpoint import card, lineage
+from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
-from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes, check_target
+from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
 from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
 from model_fusion.merge.methods import Key, get
@@ -79,13 +80,18 @@ def merge(
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "merge",
+            work.method.name,
             work.recipe.model_dump(exclude_none=True, mode="json"),
-            work.recipe.seed,
             list(work.checkpoints.values()),
+            specs,
             writer.done,
             writer.inputs_of,
             files,
+            command="model-fusion merge recipe.yml -o out",
+            defaults=planning.defaults(work.method),
+            seed=work.recipe.seed,
         )
+        files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)
     return output
 
@@ -121,8 +127,9 @@ class _Run:
             sources = [*item.inputs, *([item.base] if item.base else [])]
             tensors = [self._checkpoint(source).read(source.tensor) for source in sources]
             hashes = {
-                f"{source.model}:{source.tensor}": hashlib.sha256(as_bytes(tensor)).hexdigest()
-                for source, tensor in zip(sources, tensors, strict=True)
+                f"{source.model}:{label}": hashlib.sha256(as_bytes(part)).hexdigest()
+                for source in sources
+                for label, part in self._checkpoint(source).stored(source.tensor).items()
             }
             if item.copied:
                 result = tensors[0].to(item.spec.dtype)

@@ -5,7 +5,7 @@ Every problem is collected, so that a user sees all of them at once and before a
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +77,13 @@ class MergePlan:
     outputs: list[Output]
     config: dict[str, Any]
     files: dict[str, bytes]
+
+
+def defaults(method: Method) -> dict[str, Any]:
+    """Parameter → the value it has where a recipe is silent, as recipes spell it."""
+    kinds = [kind for kind in (method.params, method.model_params) if kind is not None]
+    every = [field for kind in kinds for field in fields(kind) if field.default is not MISSING]
+    return {field.name.removesuffix("_"): field.default for field in every}
 
 
 def check_parameters(recipe: MergeRecipe, method: Method) -> None:
