@@ -12,7 +12,7 @@ from torch import Tensor
 
 from architecture_fixtures import MODELS, save
 from model_fusion.errors import InputError
-from model_fusion.merge import engine
+from model_fusion.merge import engine, execute
 from model_fusion.recipe.merge import parse
 
 VLMS = {"llava": "llama", "qwen2_vl": "qwen2", "gemma3_vl": "gemma3"}
@@ -117,14 +117,14 @@ def test_a_tower_touched_by_the_merge_turns_the_vlm_test_red(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutation: a merge that also halves what only one model has."""
-    real = engine._Run._one
+    real = execute.Run._one
 
     def touched(self: Any, item: Any) -> None:
         real(self, item)
         if item.copied and "tower" in item.spec.name:
             self._writer.write(item.spec.name, torch.zeros(item.spec.shape, dtype=item.spec.dtype))
 
-    monkeypatch.setattr(engine._Run, "_one", touched)
+    monkeypatch.setattr(execute.Run, "_one", touched)
     with pytest.raises(AssertionError):
         test_backbone_is_merged_with_a_text_model_and_the_tower_kept(models, tmp_path, "llava", None)
 

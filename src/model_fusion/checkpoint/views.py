@@ -32,6 +32,9 @@ class View(Checkpoint):
     def files(self) -> dict[str, bytes]:
         return self.inner.files()
 
+    def stored(self, name: str) -> dict[str, Tensor]:
+        return self.inner.stored(name)
+
     def read(self, name: str) -> Tensor:
         return self.inner.read(name)
 
@@ -56,6 +59,9 @@ class Renamed(View):
 
     def file_of(self, name: str) -> Path:
         return self.inner.file_of(self._names_of[name])
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        return self.inner.stored(self._names_of[name])
 
     def read(self, name: str) -> Tensor:
         return self.inner.read(self._names_of[name])
@@ -84,6 +90,9 @@ class Filled(View):
 
     def file_of(self, name: str) -> Path:
         return self._holder(name).file_of(name)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        return self._holder(name).stored(name)
 
     def read(self, name: str) -> Tensor:
         return self._holder(name).read(name)
