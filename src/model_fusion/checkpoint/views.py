@@ -1,12 +1,15 @@
 """Checkpoints seen through a change: other names, other rows, filled gaps. Nothing is copied until it is read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.checkpoint.sources import Source
+from model_fusion.errors import InputError
 
 
 class View(Checkpoint):
@@ -65,6 +68,39 @@ class Renamed(View):
 
     def read(self, name: str) -> Tensor:
         return self.inner.read(self._names_of[name])
+
+
+class Planned(Checkpoint):
+    """A checkpoint that is going to be written: its tensors' shapes, its config and small files, and no weights."""
+
+    def __init__(
+        self, name: str, specs: Sequence[TensorSpec], config: Mapping[str, Any], files: Mapping[str, bytes]
+    ) -> None:
+        self.source, self.folder, self.config = Source(name, Path(name)), Path(name), dict(config)
+        self._specs = {spec.name: spec for spec in specs}
+        self._small = dict(files)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._specs[name]
+
+    def file_of(self, name: str) -> Path:
+        return self.folder
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._small)
+
+    def same(self, first: str, second: str) -> bool:
+        return False  # a tied head that equals its embedding is not written
+
+    def read(self, name: str) -> Tensor:
+        raise InputError(f"{self.source.spec}: not merged yet, so {name!r} cannot be read")
 
 
 class Filled(View):

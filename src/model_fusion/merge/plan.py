@@ -5,7 +5,7 @@ Every problem is collected, so that a user sees all of them at once and before a
 
 import copy
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +68,8 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What `engine` executes. `template` is the model whose config the output gets, `files` its small files."""
+    """What `engine` executes. `template` is the model whose config the output gets, `files` its small files; `stages`
+    are the named merges to make first, in order."""
 
     recipe: MergeRecipe
     method: Method
@@ -77,13 +78,14 @@ class MergePlan:
     outputs: list[Output]
     config: dict[str, Any]
     files: dict[str, bytes]
+    stages: dict[str, "MergePlan"] = field(default_factory=dict)
 
 
 def defaults(method: Method) -> dict[str, Any]:
     """Parameter → the value it has where a recipe is silent, as recipes spell it."""
     kinds = [kind for kind in (method.params, method.model_params) if kind is not None]
-    every = [field for kind in kinds for field in fields(kind) if field.default is not MISSING]
-    return {field.name.removesuffix("_"): field.default for field in every}
+    every = [own for kind in kinds for own in fields(kind) if own.default is not MISSING]
+    return {own.name.removesuffix("_"): own.default for own in every}
 
 
 def check_parameters(recipe: MergeRecipe, method: Method) -> None:
@@ -290,4 +292,4 @@ class _Planner:
 
 
 def _names(kind: Any) -> list[str]:
-    return [field.name for field in fields(kind)] if kind is not None else []
+    return [own.name for own in fields(kind)] if kind is not None else []

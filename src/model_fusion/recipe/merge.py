@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_fusion.errors import InputError
+from model_fusion.recipe.documents import in_order, joined
 from model_fusion.recipe.parameters import check_value
 from model_fusion.recipe.tokenizer import ModelToken, TokenEmbedding, TokenizerSpec, Zero
 
@@ -84,7 +85,8 @@ class Module(_Part):
 class MergeRecipe(_Part):
     """A merge: the method, its models (or slices of them), and parameters at every level.
 
-    `seed` (ours) keys the random methods; it is recorded in the lineage.
+    `seed` (ours) keys the random methods; it is recorded in the lineage. `merges` are made first; models call them
+    by name (a file of several documents becomes this).
     """
 
     merge_method: str
@@ -99,6 +101,7 @@ class MergeRecipe(_Part):
     chat_template: str | None = None
     name: str | None = None
     seed: int = 0
+    merges: dict[str, "MergeRecipe"] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_form(self) -> "MergeRecipe":
@@ -120,6 +123,10 @@ class MergeRecipe(_Part):
         slices = [part for owner in owners for part in owner.slices or []]
         models = [entry for owner in owners for entry in owner.models or []]
         return [*owners, *models, *slices, *(source for part in slices for source in part.sources)]
+
+    def order(self) -> list[str]:
+        """Names of `merges`, each after those it uses."""
+        return in_order({name: inner.model_names() for name, inner in self.merges.items()}, self.model_names())
 
     def model_names(self) -> list[str]:
         """Every model's text in order of appearance, the base last if it appears nowhere else."""
@@ -148,13 +155,33 @@ def load(path: Path) -> MergeRecipe:
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place else ""
         raise InputError(f"{path}{line}: not valid YAML") from error
-    if len(documents) != 1:
-        raise InputError(f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file")
-    return parse(documents[0], str(path))
+    return parse(joined([d for d in documents if d is not None] or [None], str(path)), str(path))
 
 
 def parse(data: Any, where: str = "recipe") -> MergeRecipe:
     """A recipe from plain data."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected keys such as merge_method and models")
+    named = data.get("merges")
+    for name, inner in (named if isinstance(named, dict) else {}).items():
+        place = f"{where}: merge {str(name)!r}"
+        if isinstance(inner, dict) and inner.get("merges"):
+            raise InputError(f"{place}: named merges stand beside each other, not inside one another")
+        _check_document(inner, place)
+    _check_document(data, where)
+    try:
+        recipe = MergeRecipe.model_validate(data)
+    except ValidationError as error:
+        # of a choice of forms, the one whose own rule failed says more than those that did not fit at all
+        first = min(error.errors(), key=lambda found: found["type"] != "value_error")
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+    recipe.order()
+    return recipe
+
+
+def _check_document(data: Any, where: str) -> None:
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected keys such as merge_method and models")
     _check_keys(data, MergeRecipe, where)
@@ -165,14 +192,6 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
             _check_keys(part, Module, f"{where}: modules.{key}")
             _check_models(part, f"{where}: modules.{key}")
     _check_tokenizer(data.get("tokenizer"), where)
-    try:
-        return MergeRecipe.model_validate(data)
-    except ValidationError as error:
-        # of a choice of forms, the one whose own rule failed says more than those that did not fit at all
-        first = min(error.errors(), key=lambda found: found["type"] != "value_error")
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
 
 
 def _check_models(data: dict[str, Any], where: str) -> None:
