@@ -13,6 +13,7 @@ from model_fusion.cli.chat import chat
 from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
 from model_fusion.cli.merge import merge
+from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("verify")(verify)
 
 
 def main() -> None:
