@@ -8,6 +8,7 @@ import traceback
 import click
 import typer
 
+from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
@@ -28,6 +29,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 app.command("merge")(merge)
 app.command("verify")(verify)
+app.add_typer(lora, name="lora")
 
 
 def main() -> None:
