@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,31 @@ class CheckpointWriter(OutputFolder):
 
         `inputs` (input → SHA-256) is kept in `inputs_of`, and in the journal for a resumed run.
         """
-        number, offset, spec = self._place[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        spec = self._place[name][2]
+        if tuple(tensor.shape) != spec.shape:
             raise InputError(f"tensor {name!r}: planned {spec.shape} {spec.dtype}, got {tuple(tensor.shape)}")
+        return self.write_parts(name, torch.split(tensor.contiguous().reshape(-1), _BLOCK), inputs)
+
+    def write_parts(self, name: str, parts: Iterable[Tensor], inputs: Mapping[str, str] | None = None) -> str:
+        """As `write`, from the flat tensor's consecutive parts; each is written before the next is asked for."""
+        number, offset, spec = self._place[name]
         digest = hashlib.sha256()
-        data = as_bytes(tensor)
+        written = 0
+        for part in parts:
+            data = as_bytes(part)
+            if part.dtype != spec.dtype or written + len(data) > spec.nbytes:
+                raise InputError(f"tensor {name!r}: planned {spec.shape} {spec.dtype}, got more, or {part.dtype}")
+            digest.update(data)
+            try:
+                _pwrite(self._files[number], data, offset + written)
+            except OSError as error:
+                raise _explain(error, self.target) from error
+            written += len(data)
+        if written != spec.nbytes:
+            raise InputError(f"tensor {name!r}: planned {spec.nbytes} bytes, got {written}")
+        record = {"name": name, "sha256": digest.hexdigest(), "inputs": dict(inputs or {})}
         try:
-            for start in range(0, len(data), _BLOCK):
-                digest.update(data[start : start + _BLOCK])
-                _pwrite(self._files[number], data[start : start + _BLOCK], offset + start)
-            record = {"name": name, "sha256": digest.hexdigest(), "inputs": dict(inputs or {})}
+            _start_writeback(self._files[number], offset, written)
             with self._lock:
                 os.write(self._journal, json.dumps(record).encode() + b"\n")
                 self.inputs_of[name] = dict(inputs or {})
@@ -166,6 +181,12 @@ def _parse(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _start_writeback(file: int, offset: int, size: int) -> None:
+    """Ask the kernel to begin writing what was just written, so that the final fsync finds little left."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _digest(file: int, offset: int, size: int) -> str:
