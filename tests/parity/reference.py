@@ -212,7 +212,7 @@ def _stock(base: Array, deltas: list[Array]) -> Array:
     n = len(deltas)
     pairs = list(combinations(deltas, 2))
     c = sum(cosine(a, b) if a.any() and b.any() else 0.0 for a, b in pairs) / len(pairs)
-    t = n * c / (1 + (n - 1) * c)
+    t = np.divide(n * c, 1 + (n - 1) * c)
     return t * (base + sum(deltas) / n) + (1 - t) * base
 
 
