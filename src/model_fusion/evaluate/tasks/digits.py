@@ -82,7 +82,7 @@ def untrained_expert(seed: int = 0) -> Expert:
     return Expert.from_torch(DigitNet().eval(), SCHEMA, classes=NAMES)
 
 
-def digits_task(expert: Expert | None = None, *, seed: int = 0, labels: int = 200) -> Task:
+def digits_task(expert: Expert | None = None, *, seed: int = 0, labels: int = 400) -> Task:
     """The CNN learns from 1,000 labelled pictures; the bridge from `labels` of them with the CNN's own decisions;
     the test is 300 pictures that neither has seen, scored against the truth and against the expert."""
     from sklearn.datasets import load_digits
