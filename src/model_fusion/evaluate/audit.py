@@ -169,7 +169,7 @@ def run_audit(
             bar.advance(line)
     finally:
         trials.close()
-    return {
+    report = {
         "format": 1,
         "fusion": {
             "folder": fusion,
@@ -200,6 +200,8 @@ def run_audit(
         "speech": kept.cells["speech"],
         "answers": _answers(trials, kept.cells),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(report))
+    return plain
 
 
 def _run(trials: Trials, cell: Cell) -> dict[str, Any]:
