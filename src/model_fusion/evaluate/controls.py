@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from model_fusion.errors import InputError
-from model_fusion.evaluate.answering import answers
 from model_fusion.evaluate.linear_head import linear_head
 from model_fusion.evaluate.trials import Trials
 from model_fusion.fuse.bridges import BridgeConfig, Logit, Tool
@@ -279,4 +278,4 @@ def _tell(trials: Trials, prompt: Callable[[Example, Any], str]) -> list[str]:
     told = [prompt(question, question.inputs[trials.name]) for question in trials.questions]
     rest = [{k: v for k, v in q.inputs.items() if k != trials.name} for q in trials.questions]
     with trials.top.bridge_off():
-        return answers(trials.top, told, rest)
+        return trials.top.answer(told, rest)

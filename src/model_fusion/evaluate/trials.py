@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from model_fusion.errors import InputError
-from model_fusion.evaluate.answering import answers
 from model_fusion.evaluate.tasks.base import Task
 from model_fusion.fuse.bridges import BridgeConfig
 from model_fusion.fuse.experts.base import Expert
@@ -120,7 +119,7 @@ class Trials:
     def ask(self, model: FusedModel, questions: Sequence[Example] | None = None) -> list[str]:
         """Greedy answers of `model` to all questions of the task (or those given)."""
         chosen = self.questions if questions is None else questions
-        return answers(model, [q.prompt for q in chosen], [q.inputs for q in chosen])
+        return model.answer([q.prompt for q in chosen], [q.inputs for q in chosen])
 
     def scores(self, texts: Sequence[str], task: Task | None = None) -> dict[str, float]:
         """The task's scores of answers to all questions; `agreement` over its test rows only."""
