@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_fusion.errors import InputError, IntegrityError
 from model_fusion.evaluate import audit as auditing
 from model_fusion.evaluate import controls
 from model_fusion.evaluate.audit import AuditSettings, audit, run_audit
-from model_fusion.evaluate.controls import CONTROLS, NotApplicable, shuffle, swap
+from model_fusion.evaluate.controls import CONTROLS, TOLD, NotApplicable, shuffle, swap
+from model_fusion.evaluate.language import UNRELATED_PROMPTS
 from model_fusion.evaluate.tasks.base import Metric, Task
 from model_fusion.evaluate.tasks.examples import examples_task, read_examples
 from model_fusion.evaluate.tasks.exchanged import permuted, rule
@@ -28,7 +32,7 @@ from model_fusion.fuse.model import FusedModel
 SCHEMA = InputSchema((Field("x", "float"),))
 CLASSES = ("stick", "hit")
 PROMPT = "Should I hit or stick? The table: <|table|>"
-TRAINING = {"steps": 30, "batch_size": 16, "learning_rate": 0.01, "target": (1.0, 0.05)}
+TRAINING = {"steps": 60, "batch_size": 16, "learning_rate": 0.01, "target": (1.0, 0.05)}
 
 
 def probabilities(items: list[float]) -> np.ndarray:
@@ -99,7 +103,7 @@ def tiny(tokenizer: Any) -> LlamaForCausalLM:
             num_key_value_heads=2,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
+            bos_token_id=None,
             tie_word_embeddings=True,
         )
     ).eval()
@@ -107,11 +111,14 @@ def tiny(tokenizer: Any) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    from model_fusion.checkpoint.llm import resolve_llm
-
-    return AutoTokenizer.from_pretrained(resolve_llm("smollm2").path)
+    """Words of a few sentences, so that the LLM's head is small."""
+    words = sorted(set(" ".join([PROMPT, *TOLD.values(), *UNRELATED_PROMPTS, *CLASSES]).split()))
+    table = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    fast = Tokenizer(WordLevel(table, unk_token="<unk>"))
+    fast.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
 
 
 def build(tokenizer: Any, bridge: Any) -> tuple[FusedModel, Task]:

@@ -162,10 +162,11 @@ def _baseline(key: str, name: str, unlike: str) -> Callable[[Evidence], Iterator
 
 def _told(e: Evidence) -> Iterator[Claim]:
     """A tool call is only as good as its prompt: the text oracle is one with a plainer prompt."""
-    row = e.row("3")
-    if row is None or "agreement" not in row.get("difference", {}):
+    rows = [row for row in e.rows("3") if "agreement" in row.get("difference", {})]
+    if not rows:
         return
-    found, text = e.advantage(row, "agreement"), e.said(row, "agreement")
+    row = max(rows, key=lambda row: float(row["scores"]["agreement"]["mean"]))
+    found, text = e.advantage(row, "agreement"), f"told {row['variant']}: {e.said(row, 'agreement')}"
     claim = "The fusion answers better than the LLM plainly told the expert's answer and asked to give it."
     if found is None or not e.enough:
         yield Claim(claim, None, f"too few seeds to tell; {text}")
