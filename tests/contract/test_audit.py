@@ -9,10 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_fusion.errors import InputError, IntegrityError
 from model_fusion.evaluate import audit as auditing
@@ -28,6 +24,7 @@ from model_fusion.fuse.bridges import Gated, Logit, Lora, Prefix
 from model_fusion.fuse.experts import ClassDecision, Expert, Field, InputSchema
 from model_fusion.fuse.fit import Example
 from model_fusion.fuse.model import FusedModel
+from tiny_llm import tiny_llama, word_tokenizer
 
 SCHEMA = InputSchema((Field("x", "float"),))
 CLASSES = ("stick", "hit")
@@ -92,40 +89,14 @@ def coin_task(expert: Expert) -> Task:
     )
 
 
-def tiny(tokenizer: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer) + 4,
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-            tie_word_embeddings=True,
-            initializer_range=0.3,  # large enough that a bridge can decide the next word
-        )
-    ).eval()
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Words of a few sentences, so that the LLM's head is small."""
-    words = sorted(set(" ".join([PROMPT, *TOLD.values(), *UNRELATED_PROMPTS, *CLASSES]).split()))
-    table = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
-    fast = Tokenizer(WordLevel(table, unk_token="<unk>"))
-    fast.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    return word_tokenizer([PROMPT, *TOLD.values(), *UNRELATED_PROMPTS, *CLASSES])
 
 
 def build(tokenizer: Any, bridge: Any) -> tuple[FusedModel, Task]:
     task = coin_task(Expert.from_callable(probabilities, SCHEMA, classes=CLASSES))
-    fused = FusedModel.build(tiny(tokenizer), tokenizer=tokenizer, experts={"table": task.expert}, bridge=bridge)
+    fused = FusedModel.build(tiny_llama(tokenizer), tokenizer=tokenizer, experts={"table": task.expert}, bridge=bridge)
     fused.fit(task.train, validation=task.validation, progress=False, **TRAINING)
     fused.task = {"training": {k: v for k, v in TRAINING.items()}}
     return fused, task
