@@ -203,6 +203,9 @@ def test_shuffle_and_swap() -> None:
     assert shuffle(50, 1) != shuffle(50, 2)
     decided = ["a", "b", "a", "a"]
     assert all(decided[j] != decided[i] for i, j in enumerate(swap(decided, 3)))
+    # Evenly: a row beside a border between decisions is drawn no more often than others.
+    rows = swap(["a"] * 400 + ["b"] * 20, 0)
+    assert max(rows[:400].count(i) for i in range(400, 420)) < 50
     with pytest.raises(NotApplicable):
         swap(["a", "a"], 0)
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from model_fusion.errors import InputError
@@ -236,16 +237,12 @@ def shuffle(count: int, seed: int) -> list[int]:
 
 
 def swap(decided: Sequence[str], seed: int) -> list[int]:
-    """For each row, a row drawn by the seed among those decided otherwise. Raises NotApplicable without any."""
-    order, found = shuffle(len(decided), seed), []
-    for row, decision in enumerate(decided):
-        start = order[row]
-        others = (i % len(decided) for i in range(start, start + len(decided)))
-        chosen = next((i for i in others if decided[i] != decision), None)
-        if chosen is None:
-            raise NotApplicable("the expert decides the same on every input")
-        found.append(chosen)
-    return found
+    """For each row, one drawn evenly by the seed from all rows decided otherwise. Raises NotApplicable without any."""
+    others = {d: [i for i, other in enumerate(decided) if other != d] for d in set(decided)}
+    if not all(others.values()):
+        raise NotApplicable("the expert decides the same on every input")
+    rng = np.random.default_rng(seed)
+    return [int(rng.choice(others[decision])) for decision in decided]
 
 
 def _rearranged(trials: Trials, seed: int, source: Sequence[int]) -> Outcome:
