@@ -119,7 +119,7 @@ class Trials:
     def ask(self, model: FusedModel, questions: Sequence[Example] | None = None) -> list[str]:
         """Greedy answers of `model` to all questions of the task (or those given)."""
         chosen = self.questions if questions is None else questions
-        return model.answer([q.prompt for q in chosen], [q.inputs for q in chosen])
+        return answers(model, [q.prompt for q in chosen], [q.inputs for q in chosen])
 
     def scores(self, texts: Sequence[str], task: Task | None = None) -> dict[str, float]:
         """The task's scores of answers to all questions; `agreement` over its test rows only."""
@@ -135,6 +135,23 @@ class Trials:
         if not asked:
             return {}
         return {"paraphrases": self.task.score_examples(asked, self.ask(model, asked))["agreement"]}
+
+
+def answers(model: FusedModel, prompts: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Greedy answers, each distinct row asked once. Rows of equal length are asked together: what they begin with
+    is then read once."""
+    groups: dict[int, dict[str, list[int]]] = {}
+    for number, row in enumerate(model.processor.encode(prompts, inputs)):
+        key = repr([row.ids, [(o.expert, o.values.tolist(), o.mask.tolist()) for o in row.occurrences]])
+        groups.setdefault(len(row.ids), {}).setdefault(key, []).append(number)
+    found = [""] * len(prompts)
+    for rows in groups.values():
+        first = [numbers[0] for numbers in rows.values()]
+        texts = model.answer([prompts[i] for i in first], [inputs[i] for i in first])
+        for numbers, text in zip(rows.values(), texts, strict=True):
+            for number in numbers:
+                found[number] = text
+    return found
 
 
 def _key(example: Example) -> str:

@@ -160,6 +160,23 @@ def _baseline(key: str, name: str, unlike: str) -> Callable[[Evidence], Iterator
     return rule
 
 
+def _told(e: Evidence) -> Iterator[Claim]:
+    """A tool call is only as good as its prompt: the text oracle is one with a plainer prompt."""
+    rows = [row for row in e.rows("3") if "agreement" in row.get("difference", {})]
+    if not rows:
+        return
+    row = max(rows, key=lambda row: float(row["scores"]["agreement"]["mean"]))
+    found, text = e.advantage(row, "agreement"), f"told {row['variant']}: {e.said(row, 'agreement')}"
+    claim = "The fusion answers better than the LLM plainly told the expert's answer and asked to give it."
+    if found is None or not e.enough:
+        yield Claim(claim, None, f"too few seeds to tell; {text}")
+    elif found == 1:
+        yield Claim(claim, True, f"{text}. This LLM cannot even repeat the answer reliably")
+    else:
+        yield Claim(claim, False, f"{text}. A tool call with such a prompt, which trains nothing, does as well: "
+                                  "where the prompt is yours to write, prefer it")  # fmt: skip
+
+
 def _relay(e: Evidence) -> Iterator[Claim]:
     count = e.report["task"]["classes"]
     if count == 2:
@@ -186,6 +203,7 @@ RULES: tuple[Callable[[Evidence], Iterator[Claim]], ...] = (
     _against("2", "The LLM could not do this from words alone.", "the LLM told the input in words does as well"),
     _baseline("10", "a tool call", "The tool's words reach this LLM as text; the bridge's signal does not pass through "
                                    "its reading."),
+    _told,
     _baseline("11", "a logit bias", "The bias acts only on the class names; the fusion leaves the words free."),
     _relay,
     _language,

@@ -42,7 +42,10 @@ def controls_plot(report: Mapping[str, Any]) -> str:
             if score["low"] is not None:
                 error = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
             ax.errorbar([score["mean"]], [place], xerr=error, fmt="o", color=colour, capsize=3)
-        ax.set_yticks(range(len(rows)), [f"{r['control']}  {r['name']}" for r in reversed(rows)])
+        ax.set_yticks(
+            range(len(rows)),
+            [f"{r['control']}  {r['name']}{r['variant'] and ': '}{r['variant']}" for r in reversed(rows)],
+        )
         for name, value in report["task"]["landmarks"].items():
             ax.axvline(value, color="black", linewidth=0.7, linestyle=":")
             ax.text(value, len(rows) - 0.4, name, rotation=0, fontsize=7, ha="center")

@@ -4,6 +4,7 @@ LLM to read them."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ class LoraBridge(Bridge):
 
     def attach(self, model: nn.Module, name: str) -> None:
         self.adapter = name
-        _peft().inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
+        with warnings.catch_warnings():
+            # Several bridges on one base are what the fused model is made for; it switches between them itself.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            _peft().inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
         # peft makes an adapter in the base's dtype: bridges train in float32.
         for parameter in self._inside(model).values():
             parameter.data = parameter.data.float()
