@@ -9,6 +9,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
+    from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
@@ -21,6 +22,7 @@ _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    "audit": "model_fusion.evaluate.audit",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -52,5 +54,6 @@ __all__ = [
     "ModelFusionError",
     "Prefix",
     "Tool",
+    "audit",
     "fuse",
 ]

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +26,16 @@ from model_fusion.training.progress import Progress
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast. `patience`: validations without improvement before stopping early; 0 never stops.
-    `target`: stop as soon as the validation score (a share, higher is better) and loss reach (score, loss)."""
+    """How long and how fast.
 
-    steps: int = 200
+    `steps` 0: as many as `epochs` passes over the examples take, at least 40. `patience`: validations without
+    improvement before stopping early; 0 never stops. `target`: stop when the validation score (a share, higher is
+    better) and loss reach (score, loss) at `hold` validations in a row: one alone can be luck where few rows
+    validate.
+    """
+
+    steps: int = 0
+    epochs: float = 2.0
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
@@ -38,15 +44,22 @@ class TrainSettings:
     validate_every: int = 10
     patience: int = 10
     target: tuple[float, float] | None = None
+    hold: int = 2
     seed: int = 0
     save_every_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every"):
+        for name in ("batch_size", "validate_every", "hold"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0 or not self.epochs > 0:
+            raise InputError(f"steps must not be negative and epochs above 0, got {self.steps} and {self.epochs}")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+    def steps_for(self, examples: int) -> int:
+        """How many steps a run over `examples` examples takes at most."""
+        return self.steps or max(40, math.ceil(self.epochs * examples / self.batch_size))
 
 
 @dataclass
@@ -93,6 +106,7 @@ def train(
     """
     from accelerate import Accelerator
 
+    settings = replace(settings, steps=settings.steps_for(examples))
     accelerator = Accelerator(cpu=all(p.device.type == "cpu" for p in parameters))
     generator = torch.Generator().manual_seed(settings.seed)
     indices = cast(Dataset[int], range(examples))
@@ -127,7 +141,7 @@ def train(
                     best, since, history.best_step = (measure, state.copy()), 0, done
                 else:
                     since += 1
-                history.stopped = _stop(measure, since, settings)
+                history.stopped = _stop(history, since, settings)
             bar.update(done, value, history.validations[-1][2] if history.validations else None)
             history.seconds = time.monotonic() - clock
             if resume and time.monotonic() - saved > settings.save_every_seconds:
@@ -145,9 +159,12 @@ def train(
     return history
 
 
-def _stop(measure: Measure, since: int, settings: TrainSettings) -> str:
-    if settings.target and measure.score >= settings.target[0] and measure.loss <= settings.target[1]:
-        return "target reached"
+def _stop(history: History, since: int, settings: TrainSettings) -> str:
+    if settings.target:
+        last = history.validations[-settings.hold :]
+        reached = [score >= settings.target[0] and loss <= settings.target[1] for _, loss, score in last]
+        if len(reached) == settings.hold and all(reached):
+            return "target reached"
     return "no improvement" if settings.patience and since >= settings.patience else ""
 
 
