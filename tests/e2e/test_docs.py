@@ -3,6 +3,7 @@
 An `output` block holds what the block before it prints. Python blocks of a document share their names.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -38,8 +39,6 @@ def blocks(text: str) -> list[tuple[str, int, str]]:
 
 def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a document in `folder`, with the command `model-fusion` of this checkout first on the path."""
-    import json
-
     bin = folder.parent / f"{folder.name}-bin"
     bin.mkdir()
     folder.mkdir()
@@ -82,6 +81,7 @@ def test_a_document_that_is_wrong_is_red(text: str, message: str, tmp_path: Path
 
 
 def test_blocks_share_the_folder_and_python_blocks_their_names(tmp_path: Path) -> None:
-    text = "```python\na = 1\n```\n```bash\necho 2 > f\n```\n```python\nprint(a, open('f').read())\n```\n```output\n1 2\n```"
+    parts = [("python", "a = 1"), ("bash", "echo 2 > f"), ("python", "print(a, open('f').read())"), ("output", "1 2")]
+    text = "".join(f"```{kind}\n{content}\n```\n" for kind, content in parts)
     done = run(text, tmp_path / "room")
     assert done.returncode == 0, done.stderr
