@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
+    from model_fusion.merge.engine import merge
 
 __version__ = "0.1.0.dev0"
 
@@ -24,6 +25,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "merge":
+        return importlib.import_module("model_fusion.merge")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -45,4 +48,5 @@ __all__ = [
     "ModelFusionError",
     "Prefix",
     "Tool",
+    "merge",
 ]

@@ -9,6 +9,7 @@ import click
 import typer
 
 from model_fusion.cli.merge import merge
+from model_fusion.cli.stack import stack
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
@@ -27,6 +28,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 
 app.command("merge")(merge)
+app.command("stack")(stack)
 app.command("verify")(verify)
 
 
