@@ -5,6 +5,7 @@ import mmap
 import pickle
 import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,8 +118,10 @@ class Checkpoint:
 
     def _load_pickle(self, file: Path) -> None:
         try:
-            # files of torch before 1.6 are no zip archives and cannot be mapped
-            table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on old pickle protocols
+                # files of torch before 1.6 are no zip archives and cannot be mapped
+                table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
             reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "damaged"
             raise InputError(f"{file}: refused ({reason}); save it as safetensors") from error

@@ -29,9 +29,7 @@ def merge(
     allow_nan: bool = typer.Option(False, help="Merge tensors that hold NaN or Inf."),
     device: str = typer.Option("cpu", help="Where tensors are combined: cpu, cuda, cuda:1 …"),
     fill_missing: str = typer.Option(None, help="Model (or base) that gives the tensors another model lacks."),
-    trust_remote_code: bool = typer.Option(
-        False, help="Copy the Python files that a model's config makes a loader run."
-    ),
+    trust_remote_code: bool = typer.Option(False, help="Copy the Python files that a model's loader runs."),
     dry_run: bool = typer.Option(False, help="Check everything and print the plan; write nothing."),
 ) -> None:
     """Merge models of one architecture as a recipe says."""

@@ -1,4 +1,4 @@
-"""Recipes that stack layers at random, to search for a good order: drawn from a seed, so that they can be drawn again."""
+"""Recipes that stack layers at random, to search for a good order: the same seed draws the same recipe."""
 
 import random
 from collections.abc import Sequence
