@@ -18,11 +18,13 @@ def build(lineage: bytes) -> bytes:
     record = json.loads(lineage)
     licence, sentence = _licence(record["parents"])
     method = record["method"]
+    adapter = record["kind"] == "adapter"
+    bases = record["recipe"].get("base") if adapter else None
     head = {
-        "base_model": [_published(parent["model"]) for parent in record["parents"]],
-        "base_model_relation": "merge" if record["kind"] == "merge" else "adapter",
-        "library_name": "transformers" if record["kind"] == "merge" else "peft",
-        "tags": ["model-fusion", "merge" if record["kind"] == "merge" else "lora", method],
+        "base_model": [_published(model) for model in ([bases] if bases else [p["model"] for p in record["parents"]])],
+        "base_model_relation": "adapter" if adapter else "merge",
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["model-fusion", "lora" if adapter else "merge", method],
         "license": licence,
     }
     names = [f"`{_published(parent['model'])}`" for parent in record["parents"]]
@@ -35,7 +37,8 @@ def build(lineage: bytes) -> bytes:
         "## Parents\n\n" + _table(("model", "revision", "licence", "SHA-256 of the tensors read"), _rows(record)),
         sentence,
         "## Method\n\n" + _parameters(record),
-        f"Recipe (`recipe.yml`):\n\n```yaml\n{_recipe(record['recipe'])}\n```",
+        *(["\n".join(f"- {note}" for note in record["notes"])] if record["notes"] else []),
+        *([] if adapter else [f"Recipe (`recipe.yml`):\n\n```yaml\n{_recipe(record['recipe'])}\n```"]),
         "## Reproduce\n\n" + _reproduce(record),
         "## Verify\n\n```bash\nmodel-fusion verify FOLDER\n```\n\n"
         "recomputes the hash of every tensor and file, and of the parents where they are at hand. "
@@ -81,6 +84,8 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _parameters(record: Mapping[str, Any]) -> str:
     recipe = record["recipe"]
+    if record["kind"] == "adapter":
+        return "Settings: " + ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items()) + "."
     whole, parts = recipe.get("parameters", {}), _part_parameters(recipe)
     rows = []
     for name in dict.fromkeys([*record["defaults"], *whole, *sorted(parts)]):

@@ -38,10 +38,12 @@ def build(
     command: str,
     defaults: Mapping[str, Any],
     seed: int = 0,
+    notes: Sequence[str] = (),
 ) -> bytes:
     """The lineage file: `outputs` maps tensor → SHA-256, `inputs` maps tensor → {parent:tensor → SHA-256}.
 
-    `command` makes the output again, `defaults` are what the method takes where the recipe is silent.
+    `command` makes the output again, `defaults` are what the method takes where the recipe is
+    silent, `notes` sentences for the card.
     dtype and shape of the `specs` stand beside the hashes: the same bytes under another dtype are another tensor.
     """
     tensors = {
@@ -61,6 +63,7 @@ def build(
         "defaults": dict(defaults),
         "seed": seed,
         "command": command,
+        "notes": list(notes),
         "versions": {
             "model_fusion": _version(),
             "torch": torch.__version__,
