@@ -102,8 +102,8 @@ def make(
 ) -> Path:
     """Write one checkpoint: a base (no `base_seed`), or the fine-tune number `seed` of that base.
 
-    `step` is the fine-tune's standard deviation from its base. `unique` lengthens every tensor a little, each by another number, so that no two have one shape (nothing
-    can run such a model, but merging it is the same).
+    `step` is the fine-tune's standard deviation from its base. `unique` lengthens every tensor a little, each by
+    another number, so that no two have one shape (nothing can run such a model, but merging it is the same).
     """
     folder.mkdir(parents=True)
     own = torch.Generator().manual_seed(seed)
