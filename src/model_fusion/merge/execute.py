@@ -53,12 +53,12 @@ class Run:
             sources = [*item.inputs, *([item.base] if item.base else [])]
             tensors = [self._checkpoint(source).read(source.tensor) for source in sources]
             hashes, finite = {}, True
-            for source, tensor in zip(sources, tensors, strict=True):
-                digest, clean = _digest(tensor)
-                hashes[f"{source.model}:{source.tensor}"] = digest
-                if not clean and not item.copied and not self._allow_nan:
-                    self._bad.append(f"{self._checkpoint(source).file_of(source.tensor)}: {source.tensor}")
-                    finite = False
+            for source in sources:
+                for label, stored in self._checkpoint(source).stored(source.tensor).items():
+                    hashes[f"{source.model}:{label}"], clean = _digest(stored)
+                    if not clean and not item.copied and not self._allow_nan:
+                        self._bad.append(f"{self._checkpoint(source).file_of(source.tensor)}: {source.tensor}")
+                        finite = False
             if finite:
                 parts = (
                     iter([tensors[0].to(item.spec.dtype).reshape(-1)]) if item.copied else self._merged(item, tensors)
