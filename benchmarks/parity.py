@@ -276,7 +276,9 @@ def run_mergekit(python: str, jobs: list[dict[str, Any]], folder: Path) -> dict[
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    """A folder's tensors; mergekit puts GPT-2's under `transformer.`, which stock transformers reads either way."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
 
 
 def row(single: dict[str, Any], half: dict[str, Any], errors: dict[str, str | None], both: bool) -> dict[str, Any]:
