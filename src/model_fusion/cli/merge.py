@@ -31,6 +31,9 @@ def merge(
     dry_run: bool = typer.Option(False, help="Check everything and print the plan; write nothing."),
 ) -> None:
     """Merge models of one architecture as a recipe says."""
+    from model_fusion.checkpoint.ahead import Ahead
+
+    ahead = None if dry_run else Ahead(recipe)
     gc.disable()  # importing torch makes a million objects and no garbage: collecting costs a fifth of the start
     from model_fusion.merge import engine  # torch loads here, not for --help
 
@@ -50,5 +53,6 @@ def merge(
         threads=threads,
         shard_size=parse_size(shard_size),
         allow_nan=allow_nan,
+        ahead=ahead,
     )
     typer.echo(f"wrote {folder}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from model_fusion.checkpoint import card, lineage
+from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
@@ -67,6 +68,7 @@ class _Flags:
     threads: int
     shard_size: int
     allow_nan: bool
+    ahead: Ahead | None
 
 
 def merge(
@@ -79,15 +81,17 @@ def merge(
     shard_size: int = 5 * 10**9,
     allow_nan: bool = False,
     method: Method | None = None,
+    ahead: Ahead | None = None,
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
     `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is
-    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
+    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`). `ahead` may hold hashes of
+    inputs that were taken while this module was imported.
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
-    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan)
+    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan, ahead)
     work = plan(recipe, method=method)
     check_target(output, _inputs(work), overwrite=overwrite)
     if not work.stages:
@@ -123,7 +127,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     specs = [item.spec for item in work.outputs]
     key = _key(work)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
-        Run(work, writer, flags.allow_nan).all(order, flags.threads)
+        Run(work, writer, flags.allow_nan, flags.ahead).all(order, flags.threads)
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "merge",
