@@ -8,6 +8,7 @@ import traceback
 import click
 import typer
 
+from model_fusion.cli.inspect import inspect
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
 from model_fusion.cli.verify import verify
@@ -29,6 +30,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 app.command("merge")(merge)
 app.command("verify")(verify)
+app.command("inspect")(inspect)
 app.add_typer(lora, name="lora")
 
 
