@@ -99,7 +99,7 @@ def _product(dims: tuple[int, ...]) -> int:
     return out
 
 
-def bench(method: str, shape: Shape, folder: Path, python: str | None, rounds: int) -> dict[str, Any]:
+def bench(method: str, shape: Shape, folder: Path, python: str | None, rounds: int, sampled: bool) -> dict[str, Any]:
     path = folder / f"{method}.yml"
     path.write_text(yaml.safe_dump(recipe(method, folder)))
     based = METHODS[method][0]
@@ -117,14 +117,16 @@ def bench(method: str, shape: Shape, folder: Path, python: str | None, rounds: i
         row[tool] = {
             "cpu": statistics.median(c.cpu for c in costs[tool]),
             "wall": statistics.median(c.wall for c in costs[tool]),
-            "private": once(tool, command, path, folder / "out", memory=True).private,
+            "private": None,
         }
+        if tool == "ours" or sampled:
+            row[tool]["private"] = once(tool, command, path, folder / "out", memory=True).private
     shutil.rmtree(folder / "out")
     row["floor"] = {k: statistics.median(f[k] for f in floors) for k in floors[0]}
     row["times_floor"] = row["ours"]["wall"] / sum(row["floor"].values())
     row["private_bound"] = bound(shape, len(inputs))
     if python is not None:
-        row["ratio"] = {k: row["mergekit"][k] / row["ours"][k] for k in ("cpu", "wall", "private")}
+        row["ratio"] = {k: row["mergekit"][k] / row["ours"][k] for k in ("cpu", "wall")}
         row["asked"] = dict(zip(("cpu", "wall"), METHODS[method][3], strict=True))
     return row
 
@@ -142,7 +144,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if other is None or ratio is None:
             cells += ["not run"] * 3 + ["–"] * 2
         else:
-            cells += [f"{other['cpu']:.2f}", f"{other['wall']:.2f}", f"{other['private'] / 1e6:.0f}"]
+            private = "not sampled" if other["private"] is None else f"{other['private'] / 1e6:.0f}"
+            cells += [f"{other['cpu']:.2f}", f"{other['wall']:.2f}", private]
             cells += [f"{ratio[k]:.2f} ({row['asked'][k]:g})" for k in ("cpu", "wall")]
         cells.append(f"{row['times_floor']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -156,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     parser.add_argument("--mergekit", metavar="PYTHON", help="a Python that has mergekit")
+    parser.add_argument("--mergekit-memory", action="store_true", help="one more run of mergekit, for its memory")
     parser.add_argument("--folder", type=Path, help="where to make the models (default: a temporary folder)")
     parser.add_argument("--models", type=Path, help="keep the models here, and use them again where they exist")
     parser.add_argument("--json", type=Path, help="write the numbers here")
@@ -176,7 +180,7 @@ def main() -> None:
             if not (folder / name).exists():
                 make(folder / name, shape, seed, None if name == "base" else SEEDS["base"])
         for method in methods:
-            rows.append(bench(method, shape, folder, options.mergekit, rounds))
+            rows.append(bench(method, shape, folder, options.mergekit, rounds, options.mergekit_memory))
             print(f"{method}: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
     print(table(rows))
     if options.json:

@@ -8,6 +8,10 @@ import traceback
 import click
 import typer
 
+from model_fusion.cli.audit import audit
+from model_fusion.cli.chat import chat
+from model_fusion.cli.fuse import fuse
+from model_fusion.cli.generate import generate
 from model_fusion.cli.inspect import inspect
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
@@ -29,6 +33,10 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 
 app.command("merge")(merge)
+app.command("audit")(audit)
+app.command("fuse")(fuse)
+app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("verify")(verify)
 app.command("inspect")(inspect)
 app.add_typer(lora, name="lora")
