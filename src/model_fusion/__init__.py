@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
+    from model_fusion.merge.engine import merge
 
 __version__ = "0.1.0.dev0"
 
@@ -29,8 +30,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fuse":  # the verb and the package share a name: the package is callable
-        return importlib.import_module("model_fusion.fuse")
+    if name in ("fuse", "merge"):  # the verb and the package share a name: the package is callable
+        return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -56,4 +57,5 @@ __all__ = [
     "Tool",
     "audit",
     "fuse",
+    "merge",
 ]

@@ -28,6 +28,9 @@ def merge(
     threads: int = typer.Option(0, min=0, help="Worker threads; 0 means one per core."),
     shard_size: str = typer.Option("5GB", help="Largest weight file."),
     allow_nan: bool = typer.Option(False, help="Merge tensors that hold NaN or Inf."),
+    device: str = typer.Option("cpu", help="Where tensors are combined: cpu, cuda, cuda:1 …"),
+    fill_missing: str = typer.Option(None, help="Model (or base) that gives the tensors another model lacks."),
+    trust_remote_code: bool = typer.Option(False, help="Copy the Python files that a model's loader runs."),
     dry_run: bool = typer.Option(False, help="Check everything and print the plan; write nothing."),
 ) -> None:
     """Merge models of one architecture as a recipe says."""
@@ -37,7 +40,7 @@ def merge(
     gc.freeze()
     gc.enable()
     if dry_run:
-        work = engine.plan(recipe)
+        work = engine.plan(recipe, fill_missing=fill_missing, trust_remote_code=trust_remote_code)
         size = sum(item.spec.nbytes for item in work.outputs)
         count = len(work.checkpoints)
         typer.echo(f"{work.method.name}: {count} models, {len(work.outputs)} tensors, {size / 1e9:.3f} GB")
@@ -50,5 +53,8 @@ def merge(
         threads=threads,
         shard_size=parse_size(shard_size),
         allow_nan=allow_nan,
+        device=device,
+        fill_missing=fill_missing,
+        trust_remote_code=trust_remote_code,
     )
     typer.echo(f"wrote {folder}")

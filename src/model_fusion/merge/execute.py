@@ -25,8 +25,8 @@ _PART = 1 << 20
 class Run:
     """One execution of a plan: shared by its worker threads."""
 
-    def __init__(self, work: MergePlan, writer: CheckpointWriter, allow_nan: bool) -> None:
-        self._work, self._writer, self._allow_nan = work, writer, allow_nan
+    def __init__(self, work: MergePlan, writer: CheckpointWriter, allow_nan: bool, device: str = "cpu") -> None:
+        self._work, self._writer, self._allow_nan, self._device = work, writer, allow_nan, device
         self._bad: list[str] = []
         self._stop = threading.Event()
 
@@ -69,6 +69,7 @@ class Run:
         return self._work.checkpoints[source.model]
 
     def _merged(self, item: Output, tensors: list[Tensor]) -> Iterator[Tensor]:
+        tensors = [tensor.to(self._device) for tensor in tensors]
         models, base = tensors[: len(item.inputs)], tensors[-1] if item.base else None
         key = Key(self._work.recipe.seed, item.spec.name)
         method = self._work.method
@@ -79,7 +80,16 @@ class Run:
                     f"{method.name} made NaN or Inf in {item.spec.name!r} ({kind}): check weights "
                     "and dtype, or pass --allow-nan"
                 )
-            yield part
+            yield part.cpu()
+
+
+def check_device(device: str) -> None:
+    """Raises `InputError` where tensors cannot be combined there."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device!r} cannot be used here ({reason}): leave it out, or give cpu") from error
 
 
 def _digest(tensor: Tensor) -> tuple[str, bool]:

@@ -98,9 +98,15 @@ def check_parameters(recipe: MergeRecipe, method: Method) -> None:
                 raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
 
 
-def build(recipe: MergeRecipe, method: Method, ready: Prepared) -> MergePlan:
-    """The plan, or one `InputError` that lists every problem."""
-    planner = _Planner(recipe, method, ready)
+def build(recipe: MergeRecipe, method: Method, ready: Prepared, fill_missing: str | None = None) -> MergePlan:
+    """The plan, or one `InputError` that lists every problem. `fill_missing`: the model (or `base`) that gives the
+    tensors which another lacks."""
+    fill = (recipe.base_model or ready.template) if fill_missing == "base" else fill_missing
+    if fill is not None and fill not in ready.checkpoints:
+        raise InputError(
+            f"--fill-missing {fill!r} is no model of the recipe; {nearest(fill, ['base', *ready.checkpoints])}"
+        )
+    planner = _Planner(recipe, method, ready, fill)
     planner.run()
     if planner.problems:
         shown = planner.problems[:50]
@@ -112,8 +118,8 @@ def build(recipe: MergeRecipe, method: Method, ready: Prepared) -> MergePlan:
 
 
 class _Planner:
-    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared) -> None:
-        self.recipe, self.method = recipe, method
+    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared, fill: str | None) -> None:
+        self.recipe, self.method, self.fill = recipe, method, fill
         self.checkpoints, self.name = ready.checkpoints, ready.template
         self.template = self.checkpoints[self.name]
         self.first_config = ready.config
@@ -186,7 +192,7 @@ class _Planner:
             self._copy(item)
             return
         chosen = self._models(block.sources)
-        inputs = [Input(block.sources[i].model, item.names[i]) for i in chosen]
+        inputs = [self._holder(Input(block.sources[i].model, item.names[i])) for i in chosen]
         base_input = None
         if base is not None and self._apart():
             place = next((i for i, source in enumerate(block.sources) if source.model == base), 0)
@@ -208,6 +214,12 @@ class _Planner:
                 each.append(self._values(self.method.model_params, levels, name, position))
         self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied))
 
+    def _holder(self, wanted: Input) -> Input:
+        """The input itself, or the same tensor of the model that fills gaps."""
+        if self.fill is None or wanted.tensor in self.checkpoints[wanted.model]:
+            return wanted
+        return Input(self.fill, wanted.tensor)
+
     def _copy(self, item: Item) -> None:
         """The template's tensor as it is: no arithmetic, no change of dtype."""
         own = self.template.spec(item.name)
@@ -222,7 +234,8 @@ class _Planner:
         for item in inputs:
             checkpoint = self.checkpoints[item.model]
             if item.tensor not in checkpoint:
-                self.problems.append(f"{item.model}: missing tensor {item.tensor!r}")
+                text = f"{item.model}: missing tensor {item.tensor!r} (--fill-missing base takes it from the base)"
+                self.problems.append(text)
                 continue
             spec = checkpoint.spec(item.tensor)
             dtypes.add(spec.dtype)
@@ -276,6 +289,8 @@ class _Planner:
     def config(self) -> dict[str, Any]:
         """The template's config with the true dtype and layer count."""
         config = copy.deepcopy(self.first_config)
+        if not config:  # a bare state dict has none
+            return config
         if self.layout.picks is not None:
             config = stacked_config(config, [(self.checkpoints[m].config, n) for m, n in self.layout.picks])
         counts: dict[torch.dtype, int] = {}
