@@ -45,9 +45,9 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merges tensors of equal names, float32 inside, each written in the first dict's dtype.
 
-    Integer and bool tensors are taken from the first dict. Names that share one tensor there (tied weights) share the
-    result. BatchNorm's running statistics are merged like weights: re-estimate them on data afterwards, most of all
-    after task-vector methods, which can make a variance negative.
+    Integer and bool tensors are taken from the first dict. Names that share one tensor in every dict (tied weights)
+    share the result. BatchNorm's running statistics are merged like weights: re-estimate them on data afterwards,
+    most of all after task-vector methods, which can make a variance negative.
 
     **Arguments**
     model_params: one mapping a model (weight, density …); params: the method's own (normalize, …).
@@ -66,7 +66,8 @@ def merge_state_dicts(
         if odd := sorted(set(names) ^ set(other)):
             raise InputError(f"state dict {i} differs from the first in {len(odd)} names, the first is {odd[0]!r}")
     floats = [n for n in names if state_dicts[0][n].is_floating_point()]
-    for i, one in enumerate([*state_dicts, *([] if base is None else [base])]):
+    every = [*state_dicts, *([] if base is None else [base])]
+    for i, one in enumerate(every):
         where = f"state dict {i}" if i < len(state_dicts) else "the base"
         for name in names:
             _check_tensor(one[name], name in floats, f"{where}: {name!r}")
@@ -82,7 +83,7 @@ def merge_state_dicts(
     first_name: dict[tuple[object, ...], str] = {}
     for name in names:
         own_tensor = state_dicts[0][name]
-        twin = first_name.setdefault(_storage([d[name] for d in state_dicts]), name)
+        twin = first_name.setdefault(_storage([d[name] for d in every]), name)
         if twin != name:
             out[name] = out[twin]
             continue
