@@ -9,6 +9,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
+    from model_fusion.checkpoint.verify import verify
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
     from model_fusion.merge.engine import merge
+    from model_fusion.merge.inspect import inspect
+    from model_fusion.merge.methods import merge_state_dicts
 
 __version__ = "0.1.0.dev0"
 
@@ -24,6 +27,9 @@ _HOMES = {
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
     "audit": "model_fusion.evaluate.audit",
+    "inspect": "model_fusion.merge.inspect",
+    "merge_state_dicts": "model_fusion.merge.methods",
+    "verify": "model_fusion.checkpoint.verify",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -55,7 +61,10 @@ __all__ = [
     "ModelFusionError",
     "Prefix",
     "Tool",
-    "merge",
     "audit",
     "fuse",
+    "inspect",
+    "merge",
+    "merge_state_dicts",
+    "verify",
 ]

@@ -31,7 +31,7 @@ def merge(
     device: str = typer.Option("cpu", help="Where tensors are combined: cpu, cuda, cuda:1 …"),
     fill_missing: str = typer.Option(None, help="Model (or base) that gives the tensors another model lacks."),
     trust_remote_code: bool = typer.Option(False, help="Copy the Python files that a model's loader runs."),
-    dry_run: bool = typer.Option(False, help="Check everything and print the plan; write nothing."),
+    dry_run: bool = typer.Option(False, help="Check everything, print plan, bytes and expected time; write nothing."),
 ) -> None:
     """Merge models of one architecture as a recipe says."""
     from model_fusion.checkpoint.ahead import Ahead
@@ -43,10 +43,19 @@ def merge(
     gc.freeze()
     gc.enable()
     if dry_run:
-        work = engine.plan(recipe, fill_missing=fill_missing, trust_remote_code=trust_remote_code)
-        size = sum(item.spec.nbytes for item in work.outputs)
-        count = len(work.checkpoints)
-        typer.echo(f"{work.method.name}: {count} models, {len(work.outputs)} tensors, {size / 1e9:.3f} GB")
+        from model_fusion.merge.dry_run import dry_run as foresee
+        from model_fusion.report.forecast import forecast
+
+        found = foresee(
+            recipe,
+            output,
+            overwrite=overwrite,
+            threads=threads,
+            device=device,
+            fill_missing=fill_missing,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(forecast(found))
         return
     folder = engine.merge(
         recipe,

@@ -122,7 +122,7 @@ def merge(
     command += " --allow-nan" if allow_nan else ""
     flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan, device, command, ahead)
     work = plan(recipe, trust_remote_code=trust_remote_code, fill_missing=fill_missing, method=method)
-    check_target(output, _inputs(work), overwrite=overwrite)
+    check_target(output, inputs(work), overwrite=overwrite)
     if not work.stages:
         _write(work, output, flags, {})
         return output
@@ -142,7 +142,7 @@ def _checkpoints(made: Mapping[str, Made]) -> dict[str, Checkpoint]:
     return {name: stage.checkpoint for name, stage in made.items()}
 
 
-def _inputs(work: MergePlan) -> list[Path]:
+def inputs(work: MergePlan) -> list[Path]:
     """Folders that are read, of all stages."""
     every = [c for part in (work, *work.stages.values()) for c in part.checkpoints.values()]
     sources = [c.source for c in every if c.source.spec not in work.stages]

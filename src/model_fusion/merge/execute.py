@@ -6,8 +6,9 @@ needs beside it (cache-sized chunks; for some methods a mask, for a few the whol
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,12 +16,20 @@ from torch import Tensor
 
 from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.reader import Checkpoint, place_of
-from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
+from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.errors import InputError
 from model_fusion.merge.methods import Key
 from model_fusion.merge.plan import Input, MergePlan, Output
 
 _PART = 1 << 20
+
+
+class Sink(Protocol):
+    """Where merged tensors go: a writer, or a dry run's waste bin."""
+
+    @property
+    def done(self) -> Mapping[str, str]: ...
+    def write_parts(self, name: str, parts: Iterable[Tensor], inputs: Mapping[str, str] | None = None) -> str: ...
 
 
 class Run:
@@ -29,7 +38,7 @@ class Run:
     def __init__(
         self,
         work: MergePlan,
-        writer: CheckpointWriter,
+        writer: Sink,
         allow_nan: bool,
         device: str = "cpu",
         ahead: Ahead | None = None,
