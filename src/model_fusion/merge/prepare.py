@@ -23,6 +23,7 @@ from model_fusion.tokenizer.table import VOCABULARY_FILES, TokenTable, read_obje
 from model_fusion.tokenizer.unite import output_files, unite
 
 REPORT = "tokenizer_report.json"
+_TABLE_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
 _TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -44,9 +45,13 @@ class Prepared:
 
 
 def prepare(
-    recipe: MergeRecipe, checkpoints: dict[str, Checkpoint], other_tokenizer: Mapping[str, bytes] | None = None
+    recipe: MergeRecipe,
+    checkpoints: dict[str, Checkpoint],
+    other_tokenizer: Mapping[str, bytes] | None = None,
+    trust_remote_code: bool = False,
 ) -> Prepared:
-    """The inputs as the planner wants them. `other_tokenizer`: files of a tokenizer source that is not merged."""
+    """The inputs as the planner wants them. `other_tokenizer`: files of a tokenizer source that is not merged.
+    `trust_remote_code`: the output takes its template's Python files along; nothing here runs them."""
     template = recipe.base_model or recipe.model_names()[0]
     if not multimodal(checkpoints[template].config):  # a text model has no place for a tower
         template = next((name for name, c in checkpoints.items() if multimodal(c.config)), template)
@@ -57,7 +62,22 @@ def prepare(
         _Tokens(recipe, ready, other_tokenizer).run()
     except InputError as error:
         ready.problems.append(str(error))
+    _remote_code(ready, own, trust_remote_code)
     return ready
+
+
+def _remote_code(ready: Prepared, own: Checkpoint, trusted: bool) -> None:
+    """A config that names Python files makes whoever loads it run them: only knowingly."""
+    tokenizer = read_object(ready.files, "tokenizer_config.json", ready.template)
+    if not (ready.config.get("auto_map") or tokenizer.get("auto_map")):
+        return
+    if trusted:
+        ready.files |= {file.name: file.read_bytes() for file in sorted(own.folder.glob("*.py"))}
+    else:
+        ready.problems.append(
+            f"{ready.template}: it runs code of its own (auto_map), which the output would too; read that code, then "
+            "pass --trust-remote-code"
+        )
 
 
 def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
@@ -74,9 +94,17 @@ class _Tokens:
     def __init__(self, recipe: MergeRecipe, ready: Prepared, other: Mapping[str, bytes] | None) -> None:
         self.recipe, self.ready = recipe, ready
         self.files = {name: checkpoint.files() for name, checkpoint in ready.checkpoints.items()}
-        tables = {name: read_table(files, name) for name, files in self.files.items()}
-        self.tables = {name: table for name, table in tables.items() if table is not None}
         self.other = other
+        # fine-tunes mostly share their tokenizer's bytes: a large file is then parsed once
+        parsed: dict[tuple[bytes | None, ...], TokenTable | None] = {}
+        self.tables: dict[str, TokenTable] = {}
+        for name, files in self.files.items():
+            key = tuple(files.get(file) for file in _TABLE_FILES)
+            if key not in parsed:
+                parsed[key] = read_table(files, name)
+            table = parsed[key]
+            if table is not None:
+                self.tables[name] = table
 
     def run(self) -> None:
         spec = self.recipe.tokenizer_spec()
