@@ -39,7 +39,7 @@ class Verified:
 
 
 def verify(
-    folder: Path,
+    folder: Path | str,
     *,
     models: Path | None = None,
     inputs: bool = True,
@@ -54,6 +54,7 @@ def verify(
 
     **Raises** `IntegrityError` naming file and tensor of what changed; `InputError` where there is no lineage.
     """
+    folder = Path(folder)
     record, digest = read_lineage(folder)
     problems = _files(folder, record["files"])
     checkpoint = Checkpoint(Source(str(folder), folder))
