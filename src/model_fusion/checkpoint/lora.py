@@ -56,6 +56,11 @@ class AdaptedCheckpoint(Checkpoint):
             if shape != (wanted[::-1] if self._transpose else wanted):
                 raise InputError(f"{file}: LoRA of {target!r} is {shape}, the base's tensor {wanted}")
 
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the tensors that the adapter changes."""
+        return list(self._pairs)
+
     def read(self, name: str) -> Tensor:
         """The tensor with its adapter, float32 where there is one (rounded only in the output)."""
         weight = super().read(name)
