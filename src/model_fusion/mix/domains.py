@@ -62,7 +62,9 @@ def gather(folder: Path, texts: Texts | Path | None) -> dict[str, list[str]]:
         raise InputError(f"domain {odd!r} belongs to no expert; {nearest(odd, names)}")
     empty = next((name for name in names if not found.get(name)), None)
     if empty is not None:
-        raise InputError(f"no text for expert {empty!r}: give a folder with a sub-folder a domain, or texts in the recipe")
+        raise InputError(
+            f"no text for expert {empty!r}: give a folder with a sub-folder a domain, or texts in the recipe"
+        )
     return {name: found[name] for name in names}
 
 

@@ -16,7 +16,9 @@ def load_mixed(folder: Path) -> Any:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
-        raise MissingDependencyError(f"running a mixed model needs {error.name}: pip install 'model-fusion[fuse]'") from None
+        raise MissingDependencyError(
+            f"running a mixed model needs {error.name}: pip install 'model-fusion[fuse]'"
+        ) from None
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
