@@ -86,3 +86,11 @@ def verify(folder: Path) -> int:
         if hashlib.sha256(as_bytes(checkpoint.read(name))).hexdigest() != entry.get("sha256"):
             raise IntegrityError(f"{checkpoint.file_of(name)}: tensor {name!r} changed since it was written")
     return len(tensors)
+
+
+def amend(record: Mapping[str, Any], changed: Mapping[str, str], key: str, note: Mapping[str, Any]) -> bytes:
+    """The lineage of a folder some of whose tensors were made anew (name → SHA-256); `note` is kept under `key`."""
+    tensors = {name: dict(entry) for name, entry in record["tensors"].items()}
+    for name, digest in changed.items():
+        tensors[name]["sha256"] = digest
+    return json.dumps({**record, "tensors": tensors, key: dict(note)}, indent=1, ensure_ascii=False).encode() + b"\n"
