@@ -128,20 +128,20 @@ def _natural_pay(dealer: int, *, sab: bool, natural: bool) -> float:
 
 def optimal_policy(*, sab: bool = True) -> dict[State, int]:
     """The policy of highest expected return, by dynamic programming from high sums down."""
-    best: dict[State, float] = {}
-    policy: dict[State, int] = {}
-
-    def value(state: State) -> float:
-        if state not in best:
-            total, dealer, usable = state
-            win, _, loss = stick(total, dealer, False, sab=sab)
-            hit = 0.0
-            for card, chance in CARDS.items():
-                after, ace = add_card(total, usable, card)
-                hit += chance * (-1.0 if after > 21 else value((after, dealer, ace)))
-            policy[state], best[state] = (HIT, hit) if hit > win - loss else (STICK, win - loss)
-        return best[state]
-
+    policy = {}
     for state in states():
-        value(state)
+        sticking, hitting = action_values(state, sab=sab)
+        policy[state] = HIT if hitting > sticking else STICK
     return policy
+
+
+@cache
+def action_values(state: State, *, sab: bool = True) -> tuple[float, float]:
+    """Expected return of (sticking, hitting) in `state`, without a natural in hand, under optimal play after it."""
+    total, dealer, usable = state
+    win, _, loss = stick(total, dealer, False, sab=sab)
+    hitting = 0.0
+    for card, chance in CARDS.items():
+        after, ace = add_card(total, usable, card)
+        hitting += chance * (-1.0 if after > 21 else max(action_values((after, dealer, ace), sab=sab)))
+    return win - loss, hitting

@@ -22,7 +22,7 @@ from model_fusion.fuse.experts.base import ClassDecision, Expert
 from model_fusion.fuse.normalise import Normaliser
 from model_fusion.fuse.placeholders import reserve_ids
 from model_fusion.fuse.precision import fastest_dtype
-from model_fusion.fuse.processor import FusedProcessor, Messages
+from model_fusion.fuse.processor import Encoded, FusedProcessor, Messages
 from model_fusion.fuse.wire import Wire, started
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         self.enabled = True
         self.wire = Wire(base)
         self._recomputes = False
+        self.task: dict[str, Any] | None = None
+        """What a saved fusion tells an audit: the task's `name`, its `options`, the `training` settings."""
 
     @classmethod
     def build(
@@ -239,6 +241,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         expert_index: Tensor | None = None,
         expert_active: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (and the loss over `labels`, -100 ignored) for a batch of B rows of Q ids.
@@ -247,6 +250,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         (which expert, -1 for none): as the processor makes them. expert_active bool [B, Q, O]: which occurrences
         stand at or before each position; derived from `input_ids` when absent.
         """
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
         signal, rows = self._signal(input_ids, expert_features, expert_mask, expert_index, expert_active, kwargs)
         recomputes = torch.is_grad_enabled() and self._recomputes
         with self.wire.send(self.bridge if signal is not None else None, signal, rows, keep=recomputes):
@@ -351,20 +356,39 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         }
         if not settings["do_sample"]:
             settings |= {"temperature": None, "top_p": None, "top_k": None}
+        alone = settings.get("num_beams", 1) == settings.get("num_return_sequences", 1) == 1
         bias = self._answer_bias(rows_inputs=inputs, count=len(rows))
-        texts: list[str] = []
+        texts = [""] * len(rows)
+        # Equal lengths together: no padding is computed, and what rows have in common is computed once.
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
         for start in range(0, len(rows), batch_size):
-            batch = {
-                k: v.to(self.device) for k, v in processor.collate(rows[start : start + batch_size], left=True).items()
-            }
+            chosen = order[start : start + batch_size]
+            taken = [rows[row] for row in chosen]
+            batch = {k: v.to(self.device) for k, v in processor.collate(taken, left=True).items()}
             length = batch["input_ids"].shape[1]
-            extra = {"logits_processor": LogitsProcessorList([bias(start, start + batch_size, length)])} if bias else {}
+            extra: dict[str, Any] = self._common_prompt(taken) if alone and settings.get("use_cache", True) else {}
+            if bias:
+                extra["logits_processor"] = LogitsProcessorList([bias(chosen, length)])
             out = self.generate(**batch, **settings, **extra)
-            texts += self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            for row, text in zip(
+                chosen, self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True
+            ):
+                texts[row] = text.strip()
+        return texts
+
+    def _common_prompt(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        """Keys and values of the ids that open all `rows` before any placeholder, computed once."""
+        from model_fusion.fuse.shortcut import expanded, shared_prompt
+
+        equal = len({len(row.ids) for row in rows}) == 1
+        shared = shared_prompt(rows, set(self.reserved.values())) if equal and len(rows) > 1 else 0
+        if not shared:
+            return {}
+        ids = torch.tensor([rows[0].ids[:shared]], device=self.device)
+        return {"past_key_values": expanded(self.base(input_ids=ids, use_cache=True).past_key_values, len(rows))}
 
     def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, count: int) -> Any:
-        """For the `logit` bridge: a maker of logits processors for rows [start, stop)."""
+        """For the `logit` bridge: a maker of logits processors for chosen rows."""
         config = self.fusion.config
         if not isinstance(config, Logit) or rows_inputs is None or not self.enabled:
             return None
@@ -380,7 +404,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         log_probs = torch.full((count, len(decision.classes)), float("nan"))
         log_probs[have] = decision.log_probs
         answers = [processor.answer_ids(name) for name in decision.classes]
-        return lambda start, stop, length: AnswerBias(answers, log_probs[start:stop].to(self.device), length, config)
+        return lambda chosen, length: AnswerBias(answers, log_probs[chosen].to(self.device), length, config)
 
     # ---- what PreTrainedModel asks for ---------------------------------------------------------------------
 

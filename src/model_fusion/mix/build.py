@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from model_fusion.checkpoint import lineage
+from model_fusion.checkpoint import card, lineage
+from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
-from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes, check_target
+from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
 from model_fusion.errors import InputError
 from model_fusion.mix import plan as planning
 from model_fusion.mix.combine import combine, unchanged
@@ -70,13 +71,19 @@ def build(
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "mix",
-            {**work.recipe.model_dump(exclude_none=True, mode="json"), "gate": work.recipe.chosen_gate()},
-            work.recipe.seed,
+            f"{work.family.model_type} mixture, {work.recipe.chosen_gate()} gates",
+            work.recipe.model_dump(exclude_none=True, mode="json"),
             list(work.checkpoints.values()),
+            specs,
             writer.done,
             writer.inputs_of,
             files,
+            command="model-fusion mix build recipe.yml -o out",
+            defaults={},
+            seed=work.recipe.seed,
+            notes=notes(work, accuracy),
         )
+        files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)
     return Built(output, work, work.recipe.chosen_gate(), accuracy)
 
@@ -96,13 +103,31 @@ def _write(item: Output, work: MixPlan, writer: CheckpointWriter, gates: dict[in
         hashes = {}
         if not unchanged(item, work.checkpoints):
             for part in item.parts:
-                tensor = work.checkpoints[part.model].read(part.tensor)
-                hashes[f"{part.model}:{part.tensor}"] = hashlib.sha256(as_bytes(tensor)).hexdigest()
+                for name, tensor in work.checkpoints[part.model].stored(part.tensor).items():
+                    hashes[f"{part.model}:{name}"] = hashlib.sha256(as_bytes(tensor)).hexdigest()
         made = combine(item, work.checkpoints, work.recipe.seed)
         if not _finite(made):
             where = ", ".join(f"{part.model}: {part.tensor}" for part in item.parts)
             raise InputError(f"NaN or Inf in {item.spec.name!r}, made of {where}")
         writer.write(item.spec.name, made, hashes)
+
+
+def notes(work: MixPlan, accuracy: list[float]) -> list[str]:
+    """What the card says about the mixture."""
+    recipe, names = work.recipe, work.recipe.names()
+    found = [
+        f"{len(names)} experts ({', '.join(names)}), {recipe.top_k()} for a token, in {len(work.mixed)} layers.",
+        f"Everything else: {recipe.trunk.replace('_', ' ')} of `base_model`.",
+    ]
+    if recipe.chosen_gate() != "gateless" and not accuracy:
+        found.append("The routers were not calibrated on text: measure them (`model-fusion mix eval`) before use.")
+    if accuracy:
+        mean = sum(accuracy) / len(accuracy)
+        found.append(
+            f"The routers name a token's domain with accuracy {mean:.3f} (mean over layers) on calibration text "
+            "kept out of the fit, at the inputs of the dense trunk; in the mixture inputs depend on earlier routing."
+        )
+    return found
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,6 @@ from model_fusion.architecture.roles import main_stack, role_of
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.lora import AdaptedCheckpoint
 from model_fusion.checkpoint.reader import Checkpoint
-from model_fusion.checkpoint.vocabulary import vocabulary
 from model_fusion.errors import InputError
 from model_fusion.mix import config as configs
 from model_fusion.mix.families import FAMILIES, Family
@@ -21,6 +20,7 @@ from model_fusion.mix.families.base import FFN
 from model_fusion.mix.families.dense import DENSE, REFUSED
 from model_fusion.recipe.merge import nearest
 from model_fusion.recipe.mix import ExpertEntry, MixRecipe
+from model_fusion.tokenizer.table import VOCABULARY_FILES, read_table
 
 How = Literal["copy", "mean", "rows", "columns", "zeros", "gate"]
 _UNSHARED = 64  # width of the zero shared expert that Qwen2Moe's class cannot do without
@@ -158,9 +158,12 @@ class _Planner:
                 self.problems.append(f"{name}: {key} is {other.get(key)}, {self._name()} has {own.get(key)}")
         if self.problems:
             return
-        mine, theirs = vocabulary(self.base.folder), vocabulary(self.checkpoints[name].folder)
-        if mine is not None and theirs is not None:
-            odd = next((t for t, i in sorted(mine.items()) if theirs.get(t, i) != i), None)
+        mine, theirs = self.base.files(), self.checkpoints[name].files()
+        if all(mine.get(file) == theirs.get(file) for file in VOCABULARY_FILES):
+            return
+        first, second = read_table(mine, self._name()), read_table(theirs, name)
+        if first is not None and second is not None:
+            odd = next((t for t, i in sorted(first.ids.items()) if second.ids.get(t, i) != i), None)
             if odd is not None:
                 self.problems.append(f"{name}: token {odd!r} has another id than in {self._name()}")
 

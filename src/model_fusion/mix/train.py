@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot, softmax
 
-from model_fusion.checkpoint import lineage
+from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.reader import Checkpoint, read_json
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source
@@ -186,8 +186,10 @@ def _rewrite(folder: Path, model: Any, layers: list[MoELayer], note: dict[str, A
         for spec in specs:
             tensor = fresh[spec.name].to(spec.dtype) if spec.name in fresh else checkpoint.read(spec.name)
             writer.write(spec.name, tensor)
-        names = [*small_files(folder), "config.json", *(["README.md"] if (folder / "README.md").is_file() else [])]
+        names = [*small_files(folder), "config.json"]
         files = {name: (folder / name).read_bytes() for name in names}
-        record = read_json(folder / lineage.NAME)
-        files[lineage.NAME] = lineage.amend(record, {name: writer.done[name] for name in fresh}, "training", note)
+        changed = {name: writer.done[name] for name in fresh}
+        text = f"The routers were trained: held-out loss {note['before']:.4f} → {note['after']:.4f} nats a token."
+        files[lineage.NAME] = lineage.amend(read_json(folder / lineage.NAME), changed, text, training=note)
+        files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)

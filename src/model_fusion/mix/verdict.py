@@ -140,7 +140,9 @@ class _Run:
                 if watch is not None:
                     watch.domain = number
                 with watched(self.layers, watch.see) if watch is not None else nullcontext():
-                    parts = [next_token_loss(self.model(input_ids=b, use_cache=False).logits, b) for b in torch.split(ids, 8)]
+                    parts = [
+                        next_token_loss(self.model(input_ids=b, use_cache=False).logits, b) for b in torch.split(ids, 8)
+                    ]
                 found.append(float(torch.cat(parts).mean()))
         return found
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model_fusion.evaluate.tasks.base import Task
+from model_fusion.evaluate.tasks.base import Metric, Task
+from model_fusion.evaluate.tasks.exchanged import permuted
 from model_fusion.fuse.experts import ClassDecision, Expert, Field, InputSchema
 from model_fusion.fuse.fit import Example
 
@@ -75,7 +76,13 @@ def decisions(expert: Expert, items: Sequence[Any]) -> list[str]:
     return [decision.classes[i] for i in decision.log_probs.argmax(dim=1).tolist()]
 
 
-def digits_task(*, seed: int = 0, labels: int = 200) -> Task:
+def untrained_expert(seed: int = 0) -> Expert:
+    """The same CNN, never trained (control 5)."""
+    torch.manual_seed(seed)
+    return Expert.from_torch(DigitNet().eval(), SCHEMA, classes=NAMES)
+
+
+def digits_task(expert: Expert | None = None, *, seed: int = 0, labels: int = 200) -> Task:
     """The CNN learns from 1,000 labelled pictures; the bridge from `labels` of them with the CNN's own decisions;
     the test is 300 pictures that neither has seen, scored against the truth and against the expert."""
     from sklearn.datasets import load_digits
@@ -84,11 +91,13 @@ def digits_task(*, seed: int = 0, labels: int = 200) -> Task:
     pictures, truth = data.images.astype(np.float32), data.target
     order = np.random.default_rng(SPLIT_SEED).permutation(len(pictures))
     taught, unseen, test = order[:1000], order[1000:1400], order[1400:1700]
-    net = train_net(torch.tensor(pictures[taught]), torch.tensor(truth[taught]), seed=seed)
-    expert = Expert.from_torch(net, SCHEMA, classes=NAMES)
+    if expert is None:
+        net = train_net(torch.tensor(pictures[taught]), torch.tensor(truth[taught]), seed=seed)
+        expert = Expert.from_torch(net, SCHEMA, classes=NAMES)
+    chosen = expert
     # Pictures that the CNN was not trained on: there its probabilities are as unsure as they will be in use.
     shown = unseen[: min(labels, len(unseen))]
-    names = dict(zip(shown.tolist(), decisions(expert, [pictures[i] for i in shown]), strict=True))
+    names = dict(zip(shown.tolist(), decisions(chosen, [pictures[i] for i in shown]), strict=True))
     held = max(1, len(shown) // 5)
 
     def examples(rows: Any) -> tuple[Example, ...]:
@@ -98,7 +107,7 @@ def digits_task(*, seed: int = 0, labels: int = 200) -> Task:
 
     def score(items: Sequence[Any], texts: Sequence[str]) -> dict[str, float]:
         read = [parse(text) for text in texts]
-        wanted = decisions(expert, items)
+        wanted = decisions(chosen, items)
         right = [answer[np.asarray(item, dtype=np.float32).tobytes()] for item in items]
         accuracy = sum(a == b for a, b in zip(read, right, strict=True)) / len(items)
         own = sum(a == b for a, b in zip(wanted, right, strict=True)) / len(items)
@@ -108,17 +117,26 @@ def digits_task(*, seed: int = 0, labels: int = 200) -> Task:
     return Task(
         name="digits",
         expert_name="picture",
-        expert=expert,
+        expert=chosen,
         prompt=PROMPT,
         paraphrases=PARAPHRASES,
         train=examples(shown[held:]),
         validation=examples(shown[:held]),
         test=tuple(
             Example(PROMPT, {"picture": pictures[i]}, name)
-            for i, name in zip(test, decisions(expert, [pictures[i] for i in test]), strict=True)
+            for i, name in zip(test, decisions(chosen, [pictures[i] for i in test]), strict=True)
         ),
         all_inputs=tuple(pictures[i] for i in test),
         parse=parse,
         score=score,
         in_words=lambda item: "rows of ink from 0 to 16: " + "; ".join(" ".join(f"{v:.0f}" for v in r) for r in item),
+        metric=Metric("accuracy", "accuracy against the truth"),
+        retold=lambda other: digits_task(other, seed=seed, labels=labels),
+        untrained=untrained_expert,
+        exchanged={
+            "its outputs shifted by one": lambda: permuted(chosen, [*range(1, 10), 0]),
+            "its outputs reversed": lambda: permuted(chosen, range(9, -1, -1)),
+            "its outputs permuted": lambda: permuted(chosen, (3, 7, 0, 9, 1, 8, 2, 4, 6, 5)),
+        },
+        options={"seed": seed, "labels": labels},
     )

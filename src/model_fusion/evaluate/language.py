@@ -1,0 +1,161 @@
+"""Does the fused model keep its language? Perplexity, divergence from the text oracle, samples of next turns.
+
+The text oracle is the same LLM with the bridge off and the expert's `describe()` words pasted at its placeholder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_fusion.errors import InputError
+from model_fusion.fuse.model import FusedModel
+from model_fusion.fuse.placeholders import placeholder, split
+
+Inputs = Mapping[str, Any]
+CONTINUATION = 24
+
+
+def _text(name: str) -> str:
+    return resources.files("model_fusion.evaluate").joinpath("texts", name).read_text(encoding="utf-8")
+
+
+UNRELATED_PROMPTS: tuple[str, ...] = tuple(_text("unrelated_prompts.txt").splitlines())
+"""50 questions that have nothing to do with any expert. They name none: see `beside`."""
+ORDINARY_TEXT: str = _text("ordinary.txt")
+"""About 3 kB of plain prose."""
+
+
+def beside(prompts: Sequence[str], expert: str) -> list[str]:
+    """Each prompt with the expert's placeholder on a line before it."""
+    return [f"{placeholder(expert)}\n{prompt}" for prompt in prompts]
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> float:
+    """exp of the mean negative log-likelihood of a token of `text`, read in windows that do not overlap; the first
+    token of a window is not scored. `model` is any causal LM, a FusedModel included. Raises InputError for a text
+    of less than two tokens."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    total, count = 0.0, 0
+    for start in range(0, ids.shape[1], window):
+        piece = ids[:, start : start + window]
+        if piece.shape[1] < 2:
+            continue
+        logits = model(input_ids=piece, use_cache=False).logits[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum"))
+        count += piece.shape[1] - 1
+    if not count:
+        raise InputError("perplexity needs a text of at least two tokens")
+    return float(torch.tensor(total / count).exp())
+
+
+def oracle_prompts(fused: FusedModel, prompts: Sequence[str], inputs: Sequence[Inputs]) -> list[str]:
+    """The prompts with each placeholder replaced by what its expert says of its input, in words."""
+    out = []
+    for prompt, given in zip(prompts, inputs, strict=True):
+        seen = dict.fromkeys(fused.experts, 0)
+        text = ""
+        for kind, content in split(prompt, tuple(fused.experts)):
+            if kind == "text":
+                text += content
+                continue
+            several = prompt.count(placeholder(content)) > 1
+            item = given[content][seen[content]] if several else given[content]
+            seen[content] += 1
+            text += fused.experts[content].describe([item])[0]
+        out.append(text)
+    return out
+
+
+def kl_to_oracle(
+    fused: FusedModel, prompts: Sequence[str], items: Sequence[Inputs], *, tokens: int = CONTINUATION
+) -> float:
+    """Mean over all tokens of KL(text oracle || fused model with the expert present) in nats, along the oracle's
+    greedy continuation of up to `tokens` tokens. `prompts` hold placeholders, `items` are inputs by expert's name,
+    as `FusedModel.answer` takes them."""
+    return float(torch.cat(kl_by_prompt(fused, prompts, items, tokens=tokens)).mean())
+
+
+@torch.no_grad()
+def kl_by_prompt(
+    fused: FusedModel,
+    prompts: Sequence[str],
+    items: Sequence[Inputs],
+    *,
+    tokens: int = CONTINUATION,
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """For each prompt KL(oracle || fused) in nats at each token of the oracle's continuation, float32 [n]."""
+    told = oracle_prompts(fused, prompts, items)
+    found: list[Tensor] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        with fused.bridge_off():
+            said = continuations(fused, told[rows], tokens)
+            wanted = next_token_log_probs(fused, told[rows], None, said)
+        got = next_token_log_probs(fused, prompts[rows], items[rows], said)
+        found += [(p.exp() * (p - q)).sum(-1) for p, q in zip(wanted, got, strict=True)]
+    return found
+
+
+@torch.no_grad()
+def continuations(
+    fused: FusedModel, prompts: Sequence[str], tokens: int, inputs: Sequence[Inputs] | None = None
+) -> list[list[int]]:
+    """Greedy ids of up to `tokens` tokens after each prompt, the end of turn included where it comes."""
+    batch = {key: value.to(fused.device) for key, value in fused.processor(prompts, inputs).items()}
+    end = fused.tokenizer.eos_token_id
+    out = fused.generate(
+        **batch,
+        max_new_tokens=tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=fused.tokenizer.pad_token_id,
+    )
+    rows = out[:, batch["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+@torch.no_grad()
+def next_token_log_probs(
+    fused: FusedModel, prompts: Sequence[str], inputs: Sequence[Inputs] | None, following: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Log-probabilities float32 [n, V] of each next token along `following` ids after each prompt."""
+    rows = [
+        replace(row, ids=[*row.ids, *ids])
+        for row, ids in zip(fused.processor.encode(prompts, inputs), following, strict=True)
+    ]
+    batch = {key: value.to(fused.device) for key, value in fused.processor.collate(rows).items()}
+    logits = fused(**batch, use_cache=False).logits
+    return [
+        logits[number, row.prompt_length - 1 : len(row.ids) - 1].float().log_softmax(-1).cpu()
+        for number, row in enumerate(rows)
+    ]
+
+
+def next_turns(
+    fused: FusedModel, prompts: Sequence[str], inputs: Sequence[Inputs], *, tokens: int = 32
+) -> list[dict[str, str]]:
+    """What is said to each prompt: by the fused model, and by the text oracle."""
+    told = oracle_prompts(fused, prompts, inputs)
+    says = fused.answer(prompts, inputs, max_new_tokens=tokens)
+    with fused.bridge_off():
+        oracle = fused.answer(told, max_new_tokens=tokens)
+    return [{"prompt": prompt, "fused": a, "oracle": b} for prompt, a, b in zip(prompts, says, oracle, strict=True)]
+
+
+@torch.no_grad()
+def identical_without_expert(fused: FusedModel, prompts: Sequence[str]) -> bool:
+    """Are the logits of prompts that name no expert the plain base's, bit for bit, at equal shapes?"""
+    batch = {key: value.to(fused.device) for key, value in fused.processor(prompts).items()}
+    on = fused(**batch, use_cache=False).logits
+    with fused.bridge_off():
+        return bool(torch.equal(on, fused.base(**batch, use_cache=False).logits))
