@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from made_models import byte_tokenizer
 from measure import machine
 from model_fusion.mix.build import build
-from model_fusion.mix.texts import split
+from model_fusion.mix.calibrate import tokenizer_of
+from model_fusion.mix.texts import split, windows
 from model_fusion.mix.train import RouterSettings, train_router
 from model_fusion.mix.verdict import evaluate
 
@@ -60,11 +61,18 @@ def write_texts(folder: Path, count: int = 60) -> dict[str, Path]:
     return result
 
 
-def byte_windows(folder: Path) -> torch.Tensor:
-    """Training windows [N, WINDOW] of a domain: byte values, as the byte tokenizer numbers them."""
-    texts = split([p.read_text() for p in sorted(folder.iterdir())])[0]
-    ids = torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).long()
-    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+def byte_tokenizer(folder: Path) -> None:
+    """256 bytes, one token each."""
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def byte_windows(folder: Path, tokenizer: Any) -> torch.Tensor:
+    """Training windows [N, WINDOW] of a domain."""
+    return windows(split([p.read_text() for p in sorted(folder.iterdir())])[0], tokenizer, WINDOW)
 
 
 def fit(model: LlamaForCausalLM, data: list[torch.Tensor], parameters: list[Any], steps: int, seed: int) -> None:
@@ -91,19 +99,21 @@ def make_experts(folder: Path, texts: dict[str, Path], seed: int, base_steps: in
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                          tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
     model = LlamaForCausalLM(config)
-    data = {name: byte_windows(path) for name, path in texts.items()}
+    made = [folder / "base"]
+    made[0].mkdir()
+    byte_tokenizer(made[0])
+    tokenizer = tokenizer_of(made[0])
+    data = {name: byte_windows(path, tokenizer) for name, path in texts.items()}
     fit(model, list(data.values()), list(model.parameters()), base_steps, seed)
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    made = [folder / "base"]
     model.save_pretrained(made[0])
-    byte_tokenizer(made[0])
     model.requires_grad_(False)
     ffn = [p for layer in model.model.layers for p in layer.mlp.parameters()]
     for p in ffn:
         p.requires_grad_(True)
-    for i, (name, windows) in enumerate(data.items()):
+    for i, (name, own) in enumerate(data.items()):
         model.load_state_dict(start)
-        fit(model, [windows], ffn, expert_steps, seed + 1 + i)
+        fit(model, [own], ffn, expert_steps, seed + 1 + i)
         made.append(folder / name)
         model.save_pretrained(made[-1])
         byte_tokenizer(made[-1])
