@@ -14,6 +14,7 @@ from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
+from model_fusion.cli.mix import app as mix
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
@@ -38,6 +39,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("verify")(verify)
 app.add_typer(lora, name="lora")
+app.add_typer(mix, name="mix")
 
 
 def main() -> None:
