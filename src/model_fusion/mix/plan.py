@@ -290,7 +290,7 @@ class _Planner:
         for part in parts:
             checkpoint = self.checkpoints[part.model]
             spec, own = checkpoint.spec(part.tensor), self.base.spec(part.tensor)
-            dtypes.add(spec.dtype)
+            dtypes |= {spec.dtype, own.dtype}  # one dtype throughout, as the base has it
             if spec.shape != own.shape:
                 shapes = f"{list(spec.shape)}, {self._name()} has {list(own.shape)}"
                 self.problems.append(f"{part.model}: tensor {part.tensor!r} is {shapes}")
