@@ -112,7 +112,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             source = LLMSource(str(getattr(base.config, "_name_or_path", "") or "given"), "", "")
         fused = cls(base, tokenizer, experts, source)
         fused.add_bridge("default", bridge, seed=seed)
-        return fused
+        return fused.eval()
 
     # ---- bridges -------------------------------------------------------------------------------------------
 
@@ -246,6 +246,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (and the loss over `labels`, -100 ignored) for a batch of B rows of Q ids.
@@ -256,9 +257,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
-        # Named in the signature, so that generate() counts positions from the first real id of a left-padded row.
-        if position_ids is not None and "position_ids" in self._base_arguments:
-            kwargs["position_ids"] = position_ids
+        # Named in the signature, so that generate() counts positions from the first real id of a left-padded row,
+        # and asks for the logits of the last position only.
+        named = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        kwargs |= {key: value for key, value in named.items() if key in self._base_arguments and value is not None}
         if self.gradient_checkpointing and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise InputError("gradient checkpointing cannot read a KV cache: train without past_key_values")
