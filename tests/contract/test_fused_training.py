@@ -7,12 +7,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import fused_fixtures as fx
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+import fused_fixtures as fx
 from model_fusion.errors import InputError, IntegrityError
 from model_fusion.fuse.fit import AnswerStep
 from model_fusion.fuse.model import FusedModel

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import fused_fixtures as fx
 import pytest
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+import fused_fixtures as fx
 from model_fusion.fuse.model import FusedModel
 
 every_architecture = pytest.mark.parametrize("architecture", fx.ARCHITECTURES)
