@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         self.active = ""
         self.enabled = True
         self.wire = Wire(base)
-        self._recomputes = False
+        self.gradient_checkpointing = False
+        self._base_arguments = frozenset(inspect.signature(base.forward).parameters)
         self.task: dict[str, Any] | None = None
         """What a saved fusion tells an audit: the task's `name`, its `options`, the `training` settings."""
 
@@ -110,7 +112,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             source = LLMSource(str(getattr(base.config, "_name_or_path", "") or "given"), "", "")
         fused = cls(base, tokenizer, experts, source)
         fused.add_bridge("default", bridge, seed=seed)
-        return fused
+        return fused.eval()
 
     # ---- bridges -------------------------------------------------------------------------------------------
 
@@ -193,9 +195,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         text = self.config.get_text_config()
         weight = self.base.get_input_embeddings().weight.detach()[: len(self.tokenizer)].float()
         # What the embedding module returns may be scaled (Gemma): measure its output, not its weights.
-        probe = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-        out = self.base.get_input_embeddings()(probe).detach().float().norm()
-        scale = float(out / weight[0].norm().clamp(min=1e-9)) if weight[0].norm() > 0 else 1.0
+        # The largest row: that of a padding id may be zero.
+        norms = weight.norm(dim=1)
+        out = self.base.get_input_embeddings()(norms.argmax()[None, None]).detach().float().norm()
+        scale = float(out / norms.max().clamp(min=1e-9))
         rms, mean = float(weight.pow(2).mean().sqrt()) * scale, weight.mean(0).cpu() * scale
         return LLMShape(text.hidden_size, text.num_hidden_layers, rms, mean)
 
@@ -242,6 +245,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         expert_active: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (and the loss over `labels`, -100 ignored) for a batch of B rows of Q ids.
@@ -252,9 +257,16 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         """
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
+        # Named in the signature, so that generate() counts positions from the first real id of a left-padded row,
+        # and asks for the logits of the last position only.
+        named = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        kwargs |= {key: value for key, value in named.items() if key in self._base_arguments and value is not None}
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            if past_key_values is not None:
+                raise InputError("gradient checkpointing cannot read a KV cache: train without past_key_values")
+            kwargs["use_cache"] = False
         signal, rows = self._signal(input_ids, expert_features, expert_mask, expert_index, expert_active, kwargs)
-        recomputes = torch.is_grad_enabled() and self._recomputes
-        with self.wire.send(self.bridge if signal is not None else None, signal, rows, keep=recomputes):
+        with self.wire.send(self.bridge if signal is not None else None, signal, rows):
             out = self.base(input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
         loss = None if labels is None else answer_loss(out.logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
@@ -331,8 +343,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found: LogitsProcessorList = super()._get_logits_processor(generation_config, *args, **kwargs)
-        # A reserved id has a meaning only in a prompt.
-        found.append(SuppressTokensLogitsProcessor(list(self.reserved.values()), device=self.device))
+        if self.enabled:  # a reserved id has a meaning only in a prompt
+            found.append(SuppressTokensLogitsProcessor(list(self.reserved.values()), device=self.device))
         return found
 
     @torch.no_grad()
@@ -422,15 +434,20 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         self.base.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """As in transformers. The frozen base must count as training for its layers to be recomputed."""
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
-        self._recomputes = True
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, **options: Any
+    ) -> None:
+        """As in transformers, but it acts while the frozen base is in eval mode; `use_reentrant` must be False."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if settings["use_reentrant"] or any(options.values()):
+            raise InputError("gradient checkpointing of a fused model: use_reentrant=False and no offload")
+        self.wire.recompute(every_n_layers, settings)
+        self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """As in transformers."""
-        self.base.gradient_checkpointing_disable()
-        self._recomputes = False
+        self.wire.recompute(0, {})
+        self.gradient_checkpointing = False
 
 
 def answer_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -27,7 +27,11 @@ class Shortcut:
     def __init__(self, fused: FusedModel, rows: Sequence[Encoded]) -> None:
         self.fused = fused
         bridge = fused.bridge
-        self.shared = shared_prompt(rows, set(fused.reserved.values())) if bridge.frozen_prompt else 0
+        self.shared = (
+            shared_prompt(rows, set(fused.reserved.values()))
+            if bridge.frozen_prompt and not fused.gradient_checkpointing
+            else 0
+        )
         self.below = bridge.frozen_below
         self.keeps_logits = "logits_to_keep" in inspect.signature(fused.base.forward).parameters
         self._cache = self._prompt_cache(rows[0].ids[: self.shared]) if self.shared else None

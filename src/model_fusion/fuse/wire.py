@@ -1,17 +1,19 @@
 """How a bridge reaches into an LLM that it does not own: hooks on the embedding's output and on decoder layers.
 
 No model's code is forked. The hooks act only while `Wire.send` holds a signal, which is the time of one forward
-pass (and its backward pass under gradient checkpointing, which runs the layers again).
+pass. Gradient checkpointing runs a layer's `forward` again, and the hooks are outside of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model_fusion.errors import InputError
 from model_fusion.fuse.bridges.base import Bridge, Signal
@@ -38,6 +40,7 @@ class Wire:
         self._bridge: Bridge | None = None
         self._signal: Signal | None = None
         self._rows: list[tuple[Tensor, Tensor]] = []
+        self._recomputed: list[tuple[nn.Module, Any]] = []
         base.get_input_embeddings().register_forward_hook(self._after_embedding)
         # A slice of positions is not contiguous, and linear() then copies the whole head once a row.
         base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
@@ -45,22 +48,28 @@ class Wire:
             layer.register_forward_hook(self._after_layer(number))
 
     @contextmanager
-    def send(
-        self, bridge: Bridge | None, signal: Signal | None, rows: list[tuple[Tensor, Tensor]], keep: bool
-    ) -> Iterator[None]:
+    def send(self, bridge: Bridge | None, signal: Signal | None, rows: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """While inside: write `rows` (position mask bool [B, Q], values [n, H]) over the embedding's output, and
-        let `bridge` change its layers' outputs. `keep` leaves the signal there for a recomputing backward pass."""
+        let `bridge` change its layers' outputs."""
         self._bridge, self._signal, self._rows = bridge, signal, rows
         try:
             yield
         finally:
-            if not keep:
-                self._bridge, self._signal, self._rows = None, None, []
+            self._bridge, self._signal, self._rows = None, None, []
+
+    def recompute(self, every: int, settings: Mapping[str, Any]) -> None:
+        """Run every `every`-th layer again in the backward pass instead of keeping its activations; 0: none.
+
+        transformers' own switch acts only on layers in training mode, and there dropout would act too."""
+        for layer, forward in self._recomputed:
+            layer.forward = forward
+        self._recomputed = [(layer, layer.forward) for layer in self.layers[::every]] if every else []
+        for layer, forward in self._recomputed:
+            layer.forward = partial(checkpoint, forward, **settings)
 
     def _after_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for where, values in self._rows:
-            if where.shape == output.shape[:2]:
-                output = output.masked_scatter(where[..., None].to(output.device), values.to(output))
+            output = output.masked_scatter(where[..., None].to(output.device), values.to(output))
         return output
 
     def _after_layer(self, number: int) -> Any:
