@@ -17,7 +17,7 @@ from model_fusion.evaluate.audit import AuditSettings, audit, run_audit
 from model_fusion.evaluate.controls import CONTROLS, TOLD, NotApplicable, shuffle, swap
 from model_fusion.evaluate.language import UNRELATED_PROMPTS
 from model_fusion.evaluate.tasks.base import Metric, Task
-from model_fusion.evaluate.tasks.examples import examples_task, read_examples
+from model_fusion.evaluate.tasks.examples import examples_task
 from model_fusion.evaluate.tasks.exchanged import permuted, rule
 from model_fusion.evaluate.trials import Trials
 from model_fusion.fuse.bridges import Gated, Logit, Lora, Prefix
@@ -280,20 +280,10 @@ def test_own_examples(gated: tuple[FusedModel, Task], tmp_path: Path) -> None:
     assert all(c["supported"] is not True or "seeds" not in c["because"] for c in found["claims"])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}', "example 1: expected exactly the fields"),
-        ("{", "not readable as examples"),
-        ('{"prompt": "a", "inputs": 3, "answer": "b"}', "example 1: prompt is a text"),
-    ],
-)
-def test_bad_examples_are_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "mine.jsonl").write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_examples(tmp_path / "mine.jsonl")
-
-
 def test_too_few_examples(gated: tuple[FusedModel, Task]) -> None:
     with pytest.raises(InputError, match="at least 10"):
         examples_task([Example(PROMPT, {"table": 0.1}, "hit")] * 3, gated[0].experts)
+    with pytest.raises(InputError, match="once in its prompt"):
+        examples_task([Example(PROMPT * 2, {"table": [0.1, 0.2]}, "hit")] * 12, gated[0].experts)
+    with pytest.raises(InputError, match="none of the experts table"):
+        examples_task([Example(PROMPT, {}, "hit")] * 12, gated[0].experts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from model_fusion.errors import InputError
-from model_fusion.evaluate.tasks.base import Task
+from model_fusion.evaluate.tasks.base import Task, example_key
 from model_fusion.fuse.bridges import BridgeConfig
 from model_fusion.fuse.experts.base import Expert
 from model_fusion.fuse.fit import Example
@@ -38,8 +37,8 @@ class Trials:
         self.config: BridgeConfig = fused.fusion.config
         self.name = task.expert_name
         self.questions = task.questions()
-        place = {_key(question): number for number, question in enumerate(self.questions)}
-        self.test = [place[_key(example)] for example in task.test]
+        place = {example_key(question): number for number, question in enumerate(self.questions)}
+        self.test = [place[example_key(example)] for example in task.test]
         self._main: tuple[int, FusedModel, ExitStack] | None = None
 
     @property
@@ -152,8 +151,3 @@ def answers(model: FusedModel, prompts: Sequence[str], inputs: Sequence[Mapping[
             for number in numbers:
                 found[number] = text
     return found
-
-
-def _key(example: Example) -> str:
-    """Equal for equal prompts and inputs, arrays included."""
-    return json.dumps([example.prompt, dict(example.inputs)], default=lambda value: value.tolist(), sort_keys=True)

@@ -10,6 +10,7 @@ FOLLOWS = 0.95
 AGREES = 0.98
 KL_BAR = 0.1
 PERPLEXITY_BAR = 1.02
+READ = 0.9
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ class Evidence:
         """ "difference +0.113 [+0.101, +0.125], 5 seeds"."""
         d, digits = row["difference"][score], self.metric["digits"] if score == self.metric["name"] else 3
         name = self.metric["label"] if score == self.metric["name"] else score
-        return f"{name}: fusion minus control {d['mean']:+.{digits}f} {bounds(d, digits)}, {d['n']} seeds"
+        text = f"{name}: fusion minus control {d['mean']:+.{digits}f} {bounds(d, digits)}, {d['n']} seeds"
+        parsed = row["scores"].get("parsed")
+        if parsed is not None and parsed["mean"] < READ:
+            text += f" (only {parsed['mean']:.0%} of the control's answers hold an answer that can be read)"
+        return text
 
 
 def bounds(interval: Mapping[str, Any], digits: int) -> str:

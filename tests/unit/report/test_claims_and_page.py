@@ -114,6 +114,15 @@ def test_other_numbers_turn_each_claim_round(report: dict[str, Any]) -> None:
     assert not any("one bit" in claim.claim for claim in claims(other))
 
 
+def test_unreadable_answers_are_told(report: dict[str, Any]) -> None:
+    def because() -> str:
+        return next(c.because for c in claims(report) if c.claim.startswith("The fusion answers better than a tool"))
+
+    assert "can be read" not in because()
+    next(r for r in report["rows"] if r["control"] == "10")["scores"]["parsed"] = interval([0.25]).to_json()
+    assert "only 25% of the control's answers hold an answer that can be read" in because()
+
+
 def test_a_metric_where_less_is_better(report: dict[str, Any]) -> None:
     report["task"]["metric"] = {"name": "error", "label": "error", "higher_is_better": False, "digits": 2}
     for entry in report["rows"]:

@@ -112,7 +112,9 @@ def digits_task(expert: Expert | None = None, *, seed: int = 0, labels: int = 40
         accuracy = sum(a == b for a, b in zip(read, right, strict=True)) / len(items)
         own = sum(a == b for a, b in zip(wanted, right, strict=True)) / len(items)
         agreement = sum(a == b for a, b in zip(read, wanted, strict=True)) / len(items)
-        return {"agreement": agreement, "accuracy": accuracy, "expert_accuracy": own, "ratio": accuracy / own}
+        # An expert put in by an audit may be right nowhere: one picture then stands for none.
+        ratio = accuracy / max(own, 1 / len(items))
+        return {"agreement": agreement, "accuracy": accuracy, "expert_accuracy": own, "ratio": ratio}
 
     return Task(
         name="digits",
