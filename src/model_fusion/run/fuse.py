@@ -79,8 +79,7 @@ def fuse(
         fused = FusedModel.build(
             plan.recipe.base, experts=plan.experts, bridge=plan.bridge, dtype=dtype, seed=plan.recipe.seed
         )
-        if plan.task is not None:
-            fused.task = {**plan.task, "training": dataclasses.asdict(plan.settings)}
+        fused.task = {**(plan.task or {}), "training": dataclasses.asdict(plan.settings)}
         history = _train(fused, plan, work / STATE, progress) if fused.bridge.trainable else None
         fused.save_pretrained(target)
     shutil.rmtree(work)
