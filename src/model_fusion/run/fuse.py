@@ -70,7 +70,7 @@ def fuse(
     recipe. overwrite: replace a fusion in `output` and forget an interrupted run. given: live parts of experts
     that no file holds, by name. Everything is checked before training starts; raises InputError or IntegrityError.
 
-    Under `accelerate launch` every process trains and the first one writes.
+    Under `torchrun` every process trains and the first one writes.
     """
     target = Path(output)
     work = target.absolute().parent / f".{target.absolute().name}.training"
