@@ -1,6 +1,7 @@
 """A fusion as a scikit-learn estimator, and the likelihoods it is built on."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,25 +28,25 @@ def data(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def fitted() -> mf.FusedClassifier:
-    model = mf.FusedClassifier(LogisticRegression(C=100, max_iter=1000), dtype="float32", training=QUICK)
+    model = mf.FusedClassifier(LogisticRegression(C=100, max_iter=1000), dtype="bfloat16", training=QUICK)
     return model.fit(*data(260, 0))
 
 
 def test_the_llm_answers_with_the_experts_skill(fitted: mf.FusedClassifier) -> None:
-    x, y = data(40, 1)
+    x, y = data(30, 1)
     assert fitted.score(x, y) >= 0.85
     assert set(fitted.answers(x)) <= {"red", "blue", "dark green"}
     assert list(fitted.classes_) == ["blue", "dark green", "red"]
 
 
 def test_probabilities(fitted: mf.FusedClassifier) -> None:
-    x, _ = data(40, 2)
+    x, _ = data(30, 2)
     found = fitted.predict_proba(x)
-    assert found.shape == (40, 3)
+    assert found.shape == (30, 3)
     assert np.allclose(found.sum(axis=1), 1)
     assert np.allclose(np.log(found), fitted.predict_log_proba(x))
     sure = found.max(axis=1) > 0.9
-    assert sure.sum() >= 20
+    assert sure.sum() >= 15
     assert (fitted.classes_[found.argmax(axis=1)] == fitted.predict(x))[sure].all()
 
 
@@ -75,8 +76,16 @@ def likelihoods(model: mf.FusedClassifier, x: np.ndarray, **options: Any) -> np.
     return found.double().numpy()
 
 
-def test_likelihood_equals_a_naive_one(fitted: mf.FusedClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, _ = data(2, 3)
+@pytest.fixture
+def exact(fitted: mf.FusedClassifier) -> Iterator[mf.FusedClassifier]:
+    """The same model computing in float32."""
+    fitted.fused_.base.float()
+    yield fitted
+    fitted.fused_.base.bfloat16()
+
+
+def test_likelihood_equals_a_naive_one(exact: mf.FusedClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, (x, _) = exact, data(2, 3)
     expected = naive(fitted, x)
     assert np.abs(likelihoods(fitted, x) - expected).max() < 2e-3
     assert np.abs(likelihoods(fitted, x, batch_size=1) - expected).max() < 2e-3

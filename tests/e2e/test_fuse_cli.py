@@ -1,6 +1,7 @@
 """The command line on the real embedded LLM: fuse, generate, chat through a pipe; killed, resumed, disk full."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -146,3 +147,35 @@ def test_killed_resumed_and_a_full_disk(
     assert toy.command(monkeypatch, "fuse", other, "-o", tmp_path / "killed", "--overwrite") == 0
     assert bridge(tmp_path / "killed") != bridge(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
+
+
+def test_a_bridge_without_training_and_a_conversation_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.write_all(tmp_path, bridge="logit", training={})
+    assert toy.command(monkeypatch, "fuse", recipe, "-o", tmp_path / "out") == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}: the logit bridge has nothing to train\n"
+    assert toy.command(monkeypatch, "generate", tmp_path / "out", "--prompt", toy.PROMPT, "--input", "sensor=9 9") == 0
+    assert capsys.readouterr().out == "high\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("/expert sensor 1 1\nWhich?\n/expert sensor 9 9\nAnd now?\n"))
+    assert toy.command(monkeypatch, "chat", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if "|" not in line] == ["low", "high"], said.err
+
+
+def test_a_fusion_of_a_built_in_task_loads_without_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"task": "digits", "options": {"labels": 20}}
+    training = {"steps": 1, "batch_size": 2}
+    recipe = toy.write_recipe(tmp_path, {"data": data, "training": training, "dtype": "float32"})
+    assert toy.command(monkeypatch, "fuse", recipe, "-o", tmp_path / "out") == 0
+    config = saving.read_config(tmp_path / "out")
+    assert config["task"]["name"] == "digits"
+    assert config["task"]["options"] == {"seed": 0, "labels": 20}
+    assert config["task"]["training"]["steps"] == 1
+    capsys.readouterr()
+    picture = json.dumps([[float(i)] * 8 for i in range(8)])
+    question = ("--prompt", "Which digit is in the picture? <|picture|>", "--input", f"picture={picture}")
+    assert toy.command(monkeypatch, "generate", tmp_path / "out", *question, "--max-new-tokens", "4") == 0
+    assert capsys.readouterr().out.strip()

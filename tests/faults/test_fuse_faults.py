@@ -237,6 +237,15 @@ def test_a_run_of_another_recipe_is_not_resumed(
     refused(tmp_path, monkeypatch, capsys, message, "fuse", recipe, "-o", tmp_path / "out", "--resume")
 
 
+@pytest.mark.usefixtures("no_llm")
+def test_several_processes_want_one_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.write_all(tmp_path, dtype="auto")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(tmp_path, monkeypatch, capsys, "dtype: give one in the recipe", "fuse", recipe, "-o", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

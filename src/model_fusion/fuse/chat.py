@@ -99,7 +99,9 @@ class ChatSession:
         for name in used:
             if name not in self.inputs:
                 raise InputError(f"{placeholder(name)} has no input yet: set it with /expert {name} VALUES")
-        given = {name: [*self.given[name], *[self.inputs[name]] * used.count(name)] for name in self.schemas}
+        given = {name: list(items) for name, items in self.given.items()}
+        for name in used:
+            given[name].append(self.inputs[name])
         messages = [*self.messages, {"role": "user", "content": text}]
         pieces: list[str] = []
         for piece in self._stream(messages, given):

@@ -369,7 +369,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         if not settings["do_sample"]:
             settings |= {"temperature": None, "top_p": None, "top_k": None}
         alone = settings.get("num_beams", 1) == settings.get("num_return_sequences", 1) == 1
-        bias = self._answer_bias(rows_inputs=inputs, count=len(rows))
+        bias = self._answer_bias(inputs, [len(row.occurrences) for row in rows])
         texts = [""] * len(rows)
         # Equal lengths together: no padding is computed, and what rows have in common is computed once.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
@@ -399,21 +399,22 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         ids = torch.tensor([rows[0].ids[:shared]], device=self.device)
         return {"past_key_values": expanded(self.base(input_ids=ids, use_cache=True).past_key_values, len(rows))}
 
-    def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, count: int) -> Any:
-        """For the `logit` bridge: a maker of logits processors for chosen rows."""
+    def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, counts: Sequence[int]) -> Any:
+        """For the `logit` bridge: a maker of logits processors for chosen rows. counts: each row's placeholders; of
+        several (a conversation) the last one speaks."""
         config = self.fusion.config
         if not isinstance(config, Logit) or rows_inputs is None or not self.enabled:
             return None
         if len(self.experts) != 1:
             raise InputError("the logit bridge answers for one expert; this model has several")
         (name, expert), processor = next(iter(self.experts.items())), self.processor
-        have = [row for row in range(count) if name in rows_inputs[row]]
+        have = [row for row, count in enumerate(counts) if count]
         if not have:
             return None
-        decision = expert.decide([rows_inputs[row][name] for row in have])
+        decision = expert.decide([rows_inputs[r][name] if counts[r] == 1 else rows_inputs[r][name][-1] for r in have])
         if not isinstance(decision, ClassDecision):
             raise InputError("the logit bridge needs a classifier: a value has no class names to bias")
-        log_probs = torch.full((count, len(decision.classes)), float("nan"))
+        log_probs = torch.full((len(counts), len(decision.classes)), float("nan"))
         log_probs[have] = decision.log_probs
         answers = [processor.answer_ids(name) for name in decision.classes]
         return lambda chosen, length: AnswerBias(answers, log_probs[chosen].to(self.device), length, config)
