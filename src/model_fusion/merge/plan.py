@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import tied
+from model_fusion.architecture.roles import has_row_a_token, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -266,7 +266,8 @@ class _Planner:
             dtypes.add(spec.dtype)
             if spec.shape != own.shape:
                 shapes = f"{list(spec.shape)}, {self.name} has {list(own.shape)}"
-                self.problems.append(f"{item.model}: tensor {item.tensor!r} is {shapes}")
+                hint = " (tokenizer_source: base merges by token)" if has_row_a_token(name) else ""
+                self.problems.append(f"{item.model}: tensor {item.tensor!r} is {shapes}{hint}")
         wanted = self.recipe.out_dtype or self.recipe.dtype
         if wanted is None and len(dtypes) > 1:
             found = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
