@@ -75,9 +75,7 @@ def cases(room: Path) -> dict[str, list[dict[str, Any]]]:
         "union, base b": [mean | {"tokenizer_source": "union", "base_model": b}],
         "base": [mean | {"tokenizer_source": "base", "base_model": a}],
         "tokenizer of b, base a": [mean | {"tokenizer_source": b, "base_model": a}],
-        "single tokens, padded": [
-            mean | {"tokenizer": {"source": "union", "tokens": tokens, "pad_to_multiple_of": 32}}
-        ],
+        "single tokens, padded": [mean | {"tokenizer": padded}],
         "union, task_arithmetic": [arithmetic | {"tokenizer_source": "union"}],
         "union, slerp": [slerp | {"tokenizer_source": "union"}],
         "union, model_stock": [stock | {"tokenizer_source": "union"}],
