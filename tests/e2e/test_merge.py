@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_fixtures import LAYERS, PlainLinear, tensors, write
 from model_fusion.checkpoint.verify import verify
-from model_fusion.errors import IntegrityError
+from model_fusion.errors import InputError, IntegrityError
 from model_fusion.merge import engine
 from model_fusion.recipe.merge import parse
 
@@ -78,6 +78,16 @@ def test_task_arithmetic_keeps_the_base_apart_though_it_is_listed(room: Path) ->
         exact = base + 0.25 * (a[name].double() - base) + 0.25 * (b[name].double() - base)
         assert tensor.dtype == torch.float32
         assert torch.allclose(tensor.double(), exact, rtol=1e-5, atol=1e-6), name
+
+
+def test_a_base_that_is_not_listed_is_a_model_where_the_method_has_no_base(room: Path) -> None:
+    """As mergekit does for linear and karcher; it needs a weight then."""
+    recipe = {"merge_method": "linear", "base_model": "C", "models": [{"model": m} for m in "AB"], "dtype": "float32"}
+    out = run(room, recipe | {"parameters": {"weight": 0.5}})
+    a, b, c = (tensors(seed)["lm_head.weight"].double() for seed in range(3))
+    assert torch.allclose(load_file(out / "model.safetensors")["lm_head.weight"].double(), (a + b + c) / 3, atol=1e-6)
+    with pytest.raises(InputError, match="merges base_model c too, which has no weight"):
+        run(room, recipe, "other")
 
 
 def test_slerp_starts_at_the_base(room: Path) -> None:

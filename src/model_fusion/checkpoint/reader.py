@@ -7,12 +7,13 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from model_fusion.checkpoint.formats import Entry, TensorSpec, read_header
 from model_fusion.checkpoint.small_files import small_files
@@ -35,6 +36,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object")
     return value
+
+
+place_of: MutableMapping[Tensor, Entry] = WeakIdKeyDictionary()
+"""Where a tensor that `read` returned lies on disk, for as long as that very tensor is alive."""
 
 
 class Checkpoint:
@@ -192,7 +197,9 @@ def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
     if count == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = _map(entry.file) if mapped is None else mapped
-    return torch.frombuffer(buffer, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+    tensor = torch.frombuffer(buffer, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+    place_of[tensor] = entry
+    return tensor
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

@@ -34,6 +34,9 @@ def merge(
     dry_run: bool = typer.Option(False, help="Check everything, print plan, bytes and expected time; write nothing."),
 ) -> None:
     """Merge models of one architecture as a recipe says."""
+    from model_fusion.checkpoint.ahead import Ahead
+
+    ahead = None if dry_run else Ahead(recipe)
     gc.disable()  # importing torch makes a million objects and no garbage: collecting costs a fifth of the start
     from model_fusion.merge import engine  # torch loads here, not for --help
 
@@ -65,5 +68,6 @@ def merge(
         device=device,
         fill_missing=fill_missing,
         trust_remote_code=trust_remote_code,
+        ahead=ahead,
     )
     typer.echo(f"wrote {folder}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from model_fusion.checkpoint import card, lineage
+from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
@@ -86,6 +87,7 @@ class _Flags:
     allow_nan: bool
     device: str
     command: str
+    ahead: Ahead | None
 
 
 def merge(
@@ -101,12 +103,14 @@ def merge(
     trust_remote_code: bool = False,
     fill_missing: str | None = None,
     method: Method | None = None,
+    ahead: Ahead | None = None,
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
     `threads` 0 means one per core; the bytes written do not depend on them. `device` is where tensors are combined.
     `fill_missing`: the model (or `base`) that gives the tensors which another lacks. Raises `InputError` (nothing is
-    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
+    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`). `ahead` may hold hashes of inputs
+    that were taken while this module was imported.
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
@@ -116,7 +120,7 @@ def merge(
     command += f" --fill-missing {fill_missing}" if fill_missing else ""
     command += " --trust-remote-code" if trust_remote_code else ""
     command += " --allow-nan" if allow_nan else ""
-    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan, device, command)
+    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan, device, command, ahead)
     work = plan(recipe, trust_remote_code=trust_remote_code, fill_missing=fill_missing, method=method)
     check_target(output, inputs(work), overwrite=overwrite)
     if not work.stages:
@@ -152,7 +156,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     specs = [item.spec for item in work.outputs]
     key = _key(work)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
-        Run(work, writer, flags.allow_nan, flags.device).all(order, flags.threads)
+        Run(work, writer, flags.allow_nan, flags.device, flags.ahead).all(order, flags.threads)
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "merge",

@@ -106,7 +106,7 @@ def build(recipe: MergeRecipe, method: Method, ready: Prepared, fill_missing: st
         raise InputError(
             f"--fill-missing {fill!r} is no model of the recipe; {nearest(fill, ['base', *ready.checkpoints])}"
         )
-    planner = _Planner(recipe, method, ready, fill)
+    planner = _Planner(_with_base(recipe, method), method, ready, fill)
     planner.run()
     if planner.problems:
         shown = planner.problems[:50]
@@ -115,6 +115,36 @@ def build(recipe: MergeRecipe, method: Method, ready: Prepared, fill_missing: st
         raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
     config = planner.config()
     return MergePlan(recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files)
+
+
+def base_apart(method: Method) -> bool:
+    """Whether the method gets the base apart from its models. Where it is optional and the method elementwise
+    (linear, passthrough), and where it is forbidden (karcher), the base is a model like the others."""
+    return method.needs_base == "required" or (method.needs_base == "optional" and method.sees != "elementwise")
+
+
+def _with_base(recipe: MergeRecipe, method: Method) -> MergeRecipe:
+    """The recipe with a base that is listed nowhere among the models, where the method takes it for one of them
+    (mergekit's rule). A method of one model has no place for it: its base says whose config the output gets."""
+    base = recipe.base_model
+    if base is None or base_apart(method) or method.max_models == 1:
+        return recipe
+
+    def joined(part: MergeRecipe | Module, levels: Sequence[Parameters]) -> list[ModelEntry] | None:
+        if part.models is None or any(entry.model == base for entry in part.models):
+            return part.models
+        if "weight" in _names(method.model_params) and not any("weight" in level for level in levels):
+            raise InputError(
+                f"{method.name} merges base_model {base} too, which has no weight: list it under models with one, or "
+                "remove base_model"
+            )
+        return [*part.models, ModelEntry(model=base)]
+
+    modules = {
+        key: part.model_copy(update={"models": joined(part, [part.parameters, recipe.parameters])})
+        for key, part in (recipe.modules or {}).items()
+    }
+    return recipe.model_copy(update={"models": joined(recipe, [recipe.parameters]), "modules": modules or None})
 
 
 class _Planner:
@@ -178,13 +208,7 @@ class _Planner:
     def _models(self, sources: Sequence[ModelEntry | SliceSource]) -> list[int]:
         """Positions in `sources` of the models the method combines."""
         order = list(range(len(sources)))
-        return [i for i in order if sources[i].model != self.recipe.base_model] if self._apart() else order
-
-    def _apart(self) -> bool:
-        """Whether the method gets the base apart from its models. Where it is optional and the method is
-        elementwise (linear, passthrough) the base is a model like the others, and the template."""
-        kind = self.method.needs_base
-        return kind == "required" or (kind == "optional" and self.method.sees != "elementwise")
+        return [i for i in order if sources[i].model != self.recipe.base_model] if base_apart(self.method) else order
 
     def _add(self, item: Item) -> None:
         block, base = item.block, self.recipe.base_model
@@ -194,7 +218,7 @@ class _Planner:
         chosen = self._models(block.sources)
         inputs = [self._holder(Input(block.sources[i].model, item.names[i])) for i in chosen]
         base_input = None
-        if base is not None and self._apart():
+        if base is not None and base_apart(self.method):
             place = next((i for i, source in enumerate(block.sources) if source.model == base), 0)
             base_input = Input(base, item.names[place])
         every = [*inputs, *([base_input] if base_input else [])]

@@ -23,6 +23,7 @@ from model_fusion.tokenizer.table import VOCABULARY_FILES, TokenTable, read_obje
 from model_fusion.tokenizer.unite import output_files, unite
 
 REPORT = "tokenizer_report.json"
+_TABLE_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
 _TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -93,9 +94,17 @@ class _Tokens:
     def __init__(self, recipe: MergeRecipe, ready: Prepared, other: Mapping[str, bytes] | None) -> None:
         self.recipe, self.ready = recipe, ready
         self.files = {name: checkpoint.files() for name, checkpoint in ready.checkpoints.items()}
-        tables = {name: read_table(files, name) for name, files in self.files.items()}
-        self.tables = {name: table for name, table in tables.items() if table is not None}
         self.other = other
+        # fine-tunes mostly share their tokenizer's bytes: a large file is then parsed once
+        parsed: dict[tuple[bytes | None, ...], TokenTable | None] = {}
+        self.tables: dict[str, TokenTable] = {}
+        for name, files in self.files.items():
+            key = tuple(files.get(file) for file in _TABLE_FILES)
+            if key not in parsed:
+                parsed[key] = read_table(files, name)
+            table = parsed[key]
+            if table is not None:
+                self.tables[name] = table
 
     def run(self) -> None:
         spec = self.recipe.tokenizer_spec()

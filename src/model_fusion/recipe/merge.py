@@ -114,8 +114,10 @@ class MergeRecipe(_Part):
         return self
 
     def tokenizer_spec(self) -> TokenizerSpec | None:
-        """What the recipe says of the output's tokenizer, in whichever way."""
-        return TokenizerSpec(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+        """What the recipe says of the output's tokenizer, in whichever way (`model:NAME` is an old one)."""
+        if self.tokenizer_source:
+            return TokenizerSpec(source=self.tokenizer_source.removeprefix("model:"))
+        return self.tokenizer
 
     def parts(self) -> list[_Part]:
         """Every part that can hold parameters: itself, modules, models, slices and their sources."""
