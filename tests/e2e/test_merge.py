@@ -90,6 +90,19 @@ def test_a_base_that_is_not_listed_is_a_model_where_the_method_has_no_base(room:
         run(room, recipe, "other")
 
 
+def test_a_slice_may_have_a_base_of_its_own(room: Path) -> None:
+    def part(base: str, low: int, high: int) -> dict[str, Any]:
+        return {"base_model": base, "sources": [{"model": "A", "layer_range": [low, high]}]}
+
+    recipe = {"merge_method": "task_arithmetic", "slices": [part("B", 0, 2), part("C", 2, 4)], "dtype": "float32"}
+    got = load_file(run(room, recipe | {"parameters": {"weight": 0.5}}) / "model.safetensors")
+    a, b, c = (tensors(seed) for seed in range(3))
+    for name, tensor in got.items():
+        early = "embed" in name or ".0." in name or ".1." in name
+        exact = (a[name].double() + (b if early else c)[name].double()) / 2
+        assert torch.allclose(tensor.double(), exact, atol=1e-6), name
+
+
 def test_slerp_starts_at_the_base(room: Path) -> None:
     recipe = {"merge_method": "slerp", "base_model": "B", "models": [{"model": "A"}, {"model": "B"}]}
     for t, expected in ((0.0, tensors(1)), (1.0, tensors(0))):

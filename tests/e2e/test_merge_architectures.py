@@ -180,6 +180,21 @@ def test_modules_merge_their_part_and_copy_the_rest(models: Path, tmp_path: Path
     load(out)
 
 
+def test_a_module_may_be_sliced(models: Path, tmp_path: Path) -> None:
+    slices = [
+        {"sources": [{"model": "llava-a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "llama-b", "layer_range": [0, 1]}]},
+    ]
+    recipe = {"merge_method": "passthrough", "base_model": "llava-a", "modules": {"text_decoder": {"slices": slices}}}
+    out = run(models, tmp_path / "out", recipe)
+    a, b, got = weights(models / "llava-a"), weights(models / "llama-b"), weights(out)
+    assert load(out).config.text_config.num_hidden_layers == 3
+    for name, tensor in got.items():
+        head = "lm_head" in name or ".norm." in name  # the last slice gives what comes after the layers
+        source = text_name("llava", name.replace(".layers.2.", ".layers.0."))
+        assert torch.equal(tensor, b[source] if head or ".layers.2." in name else a[name]), name
+
+
 def test_encoder_and_decoder_are_modules(models: Path, tmp_path: Path) -> None:
     parts = {"encoder": {"models": mean("t5-a", "t5-b")["models"]}}
     out = run(models, tmp_path / "out", {"merge_method": "linear", "base_model": "t5-a", "modules": parts})

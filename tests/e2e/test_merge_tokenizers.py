@@ -134,6 +134,11 @@ def test_padding_stays_and_grows_to_a_multiple(models: Path, tmp_path: Path) -> 
     assert weights(out)[HEAD].shape[0] == json.loads((out / "config.json").read_text())["vocab_size"] == 96
 
 
+def test_padding_that_differs_is_refused_with_the_way_out(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is \[40, 16\], .* has \[64, 16\] \(tokenizer_source: base"):
+        run(models, tmp_path / "out", "p", "a")
+
+
 def test_per_token_sources(models: Path, tmp_path: Path) -> None:
     wanted = {
         "<eos>": {"source": "@b", "force": True},

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import tied
+from model_fusion.architecture.roles import has_row_a_token, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -186,13 +186,14 @@ class _Planner:
 
     def _check_models(self) -> None:
         method, recipe = self.method, self.recipe
-        if method.needs_base == "required" and recipe.base_model is None:
-            self.problems.append(f"{method.name} needs base_model")
         owners: list[MergeRecipe | Module] = [recipe, *(recipe.modules or {}).values()]
-        groups: list[Sequence[ModelEntry | SliceSource]] = [o.models for o in owners if o.models]
-        groups += [part.sources for owner in owners for part in owner.slices or []]
-        for group in groups:
-            count = len(self._models(group))
+        groups: list[tuple[Sequence[ModelEntry | SliceSource], str | None]]
+        groups = [(owner.models, recipe.base_model) for owner in owners if owner.models]
+        groups += [(p.sources, p.base_model or recipe.base_model) for owner in owners for p in owner.slices or []]
+        if method.needs_base == "required" and any(base is None for _, base in groups):
+            self.problems.append(f"{method.name} needs base_model")
+        for group, base in groups:
+            count = len(self._models(group, base))
             if count < method.min_models or (method.max_models is not None and count > method.max_models):
                 upper = "or more" if method.max_models is None else f"to {method.max_models}"
                 self.problems.append(
@@ -205,17 +206,17 @@ class _Planner:
         if len(kinds) > 1:
             self.problems.append(f"models of different architectures: {', '.join(sorted(map(str, kinds)))}")
 
-    def _models(self, sources: Sequence[ModelEntry | SliceSource]) -> list[int]:
+    def _models(self, sources: Sequence[ModelEntry | SliceSource], base: str | None) -> list[int]:
         """Positions in `sources` of the models the method combines."""
         order = list(range(len(sources)))
-        return [i for i in order if sources[i].model != self.recipe.base_model] if base_apart(self.method) else order
+        return [i for i in order if sources[i].model != base] if base_apart(self.method) else order
 
     def _add(self, item: Item) -> None:
-        block, base = item.block, self.recipe.base_model
+        block = item.block
         if block is None:
             self._copy(item)
             return
-        chosen = self._models(block.sources)
+        base, chosen = block.base, self._models(block.sources, block.base)
         inputs = [self._holder(Input(block.sources[i].model, item.names[i])) for i in chosen]
         base_input = None
         if base is not None and base_apart(self.method):
@@ -265,7 +266,8 @@ class _Planner:
             dtypes.add(spec.dtype)
             if spec.shape != own.shape:
                 shapes = f"{list(spec.shape)}, {self.name} has {list(own.shape)}"
-                self.problems.append(f"{item.model}: tensor {item.tensor!r} is {shapes}")
+                hint = " (tokenizer_source: base merges by token)" if has_row_a_token(name) else ""
+                self.problems.append(f"{item.model}: tensor {item.tensor!r} is {shapes}{hint}")
         wanted = self.recipe.out_dtype or self.recipe.dtype
         if wanted is None and len(dtypes) > 1:
             found = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))

@@ -95,19 +95,26 @@ class _Tokens:
         self.recipe, self.ready = recipe, ready
         self.files = {name: checkpoint.files() for name, checkpoint in ready.checkpoints.items()}
         self.other = other
-        # fine-tunes mostly share their tokenizer's bytes: a large file is then parsed once
-        parsed: dict[tuple[bytes | None, ...], TokenTable | None] = {}
         self.tables: dict[str, TokenTable] = {}
-        for name, files in self.files.items():
-            key = tuple(files.get(file) for file in _TABLE_FILES)
+
+    def _read(self) -> None:
+        """The tables. Fine-tunes mostly share their tokenizer's bytes: a large file is then parsed once."""
+        parsed: dict[tuple[bytes | None, ...], TokenTable | None] = {}
+        for name in self.files:
+            key = self._bytes(name)
             if key not in parsed:
-                parsed[key] = read_table(files, name)
+                parsed[key] = read_table(self.files[name], name)
             table = parsed[key]
             if table is not None:
                 self.tables[name] = table
 
+    def _bytes(self, name: str) -> tuple[bytes | None, ...]:
+        return tuple(self.files[name].get(file) for file in _TABLE_FILES)
+
     def run(self) -> None:
         spec = self.recipe.tokenizer_spec()
+        if spec is not None or len({self._bytes(name) for name in self.files}) > 1:
+            self._read()
         if spec is None:
             self._compare()
         else:
