@@ -4,6 +4,7 @@ A journal in the partial folder, keyed by recipe and inputs, lets a killed run c
 again before use.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -156,12 +157,13 @@ class CheckpointWriter(OutputFolder):
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
         with self._lock:
             self._pushed.append((file, offset, size))
             old = self._pushed.popleft() if len(self._pushed) > _SPANS else None
-        if old is not None:
-            os.posix_fadvise(*old, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice: a file system may refuse it
+            os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
+            if old is not None:
+                os.posix_fadvise(*old, os.POSIX_FADV_DONTNEED)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, make all durable, and put the folder at the target."""
