@@ -106,29 +106,36 @@ class _Thrown:
 def _time(work: MergePlan, threads: int, device: str) -> tuple[float | None, int]:
     """Seconds for all tensors, and how many were merged to find out.
 
-    Tensors of one shape cost alike. Of each shape, one tensor a thread is merged at once (so the threads compete as
-    they will); shapes that would not fit into the budget are reckoned by the bytes of the largest one measured.
+    Tensors of one shape cost alike. Of a shape, one tensor a thread is merged at once, so the threads compete as they
+    will. The shape that holds the most bytes is always measured; the others, small ones first, as far as the budget
+    goes, and beyond it they are reckoned by the bytes at that shape's rate.
     """
     if any(isinstance(checkpoint, Planned) for checkpoint in work.checkpoints.values()):
         return None, 0
-    groups: dict[tuple[object, ...], list[Output]] = {}
+    shapes: dict[tuple[object, ...], list[Output]] = {}
     for item in work.outputs:
-        groups.setdefault((item.spec.shape, item.spec.dtype, item.copied), []).append(item)
-    spent = total = rate = 0.0
-    sampled = 0
-    for group in sorted(groups.values(), key=lambda items: items[0].spec.nbytes):
-        size = group[0].spec.nbytes
-        chosen = group[:threads]
-        if sampled and spent + rate * size * len(chosen) > BUDGET:
+        shapes.setdefault((item.spec.shape, item.spec.dtype, item.copied), []).append(item)
+    groups = sorted(shapes.values(), key=lambda items: items[0].spec.nbytes)
+    if not groups:
+        return 0.0, 0
+    _merge_some(work, groups[0][:1], threads, device)  # the first call of anything costs more: not counted
+    main = max(groups, key=lambda items: items[0].spec.nbytes * len(items))
+    rate, total, spent, sampled = 0.0, 0.0, 0.0, 0
+    for group in [main, *(other for other in groups if other is not main)]:
+        size, chosen = group[0].spec.nbytes, group[:threads]
+        if group is not main and spent + rate * size * threads > BUDGET:
             total += rate * size * len(group)
             continue
-        start = time.perf_counter()
-        Run(work, _Thrown(), False, device).all(chosen, threads)
-        took = time.perf_counter() - start
-        spent += took
-        sampled += len(chosen)
+        took = _merge_some(work, chosen, threads, device)
+        spent, sampled = spent + took, sampled + len(chosen)
         # a lone tensor shares the threads with other shapes in the merge
-        each = took / (threads if len(chosen) < threads else len(chosen))
+        each = took / threads if len(chosen) < threads else took / len(chosen)
         total += each * len(group)
-        rate = each / max(size, 1)
+        rate = rate or each / max(size, 1)
     return total, sampled
+
+
+def _merge_some(work: MergePlan, chosen: list[Output], threads: int, device: str) -> float:
+    start = time.perf_counter()
+    Run(work, _Thrown(), False, device).all(chosen, threads)
+    return time.perf_counter() - start

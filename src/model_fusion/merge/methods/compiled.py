@@ -27,7 +27,10 @@ def kernel(name: str) -> Any:
         return None
     from numba import njit
 
-    return njit(nogil=True, cache=True)(_KERNELS[name])
+    try:
+        return njit(nogil=True, cache=True)(_KERNELS[name])
+    except RuntimeError:  # nowhere to keep the compiled code: each process compiles it again
+        return njit(nogil=True)(_KERNELS[name])
 
 
 def _above_rank(bits: Any, limit: Any, shift: int, width: int, keep: Any) -> None:  # pragma: no cover
