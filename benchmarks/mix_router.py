@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sysconfig
 import tempfile
 import time
@@ -26,15 +27,17 @@ from transformers.utils import logging
 from measure import machine
 from model_fusion.mix.build import build
 from model_fusion.mix.calibrate import tokenizer_of
+from model_fusion.mix.domains import Domains, gather, prepare
+from model_fusion.mix.load import load_mixed
 from model_fusion.mix.texts import split, windows
-from model_fusion.mix.train import RouterSettings, train_router
-from model_fusion.mix.verdict import evaluate
+from model_fusion.mix.train import RouterSettings, next_token_loss, train_router
+from model_fusion.mix.verdict import judge
 
-WINDOW, BATCH = 128, 16
+WINDOW, BATCH = 128, 15
 PROMPTS = 8
-TOKENS = 400_000
-ROUTER = RouterSettings(window=WINDOW, tokens=TOKENS, steps=400, batch_size=16, learning_rate=1e-2, domain=0.1,
-                        validate_every=50, patience=4)  # fmt: skip
+JUDGED = 48_000  # a quarter of it is judged
+ROUTER = RouterSettings(window=WINDOW, steps=150, batch_size=12, learning_rate=3e-2, validate_every=50, patience=0,
+                        tokens=200_000)  # fmt: skip
 
 
 def domain_files() -> dict[str, list[Path]]:
@@ -134,22 +137,37 @@ def recipe(folders: list[Path], texts: dict[str, Path], gate: str, seed: int) ->
 def one_seed(seed: int, work: Path, texts: dict[str, Path], base_steps: int, expert_steps: int) -> dict[str, Any]:
     began = time.process_time()
     folders = make_experts(work, texts, seed, base_steps, expert_steps)
-    result: dict[str, Any] = {"seed": seed, "cpu_experts": time.process_time() - began, "gates": {}}
+    result: dict[str, Any] = {"seed": seed, "cpu_experts": time.process_time() - began, "top_2": {}}
     for gate in ("random", "hidden", "hidden_avg", "mean", "ridge"):
         out = build(recipe(folders, texts, gate, seed), work / gate).folder
-        judged = evaluate(out, window=WINDOW, tokens=TOKENS // 2)
-        result["gates"][gate] = {"routed": judged.routed, "accuracy": judged.accuracy, "load": judged.load}
-    for key in ("matrix", "oracle", "soup", "gateless", "headroom"):
-        result[key] = getattr(judged, key)
+        model = load_mixed(out)
+        domains = prepare(gather(out, None), tokenizer_of(out), WINDOW, JUDGED)
+        if gate == "random":
+            judged = judge(model, domains)
+            result |= {key: getattr(judged, key) for key in ("matrix", "oracle", "soup", "gateless", "headroom")}
+        result["top_2"][gate] = bits_per_byte(model, domains)
     began = time.process_time()
-    trained = train_router(work / "ridge", settings=ROUTER, progress=False)
-    judged = evaluate(work / "ridge", window=WINDOW, tokens=TOKENS // 2)
+    out = build({**recipe(folders, texts, "ridge", seed), "experts_per_token": 3}, work / "trained").folder
+    trained = train_router(out, settings=ROUTER, progress=False)
+    judged = judge(load_mixed(out), domains)
     result["trained"] = {
         "routed": judged.routed, "accuracy": judged.accuracy, "load": judged.load, "mismatch": judged.mismatch,
         "parameters": trained.parameters, "cpu": time.process_time() - began, "steps": len(trained.history.losses),
         "recovered": (judged.gateless - judged.routed) / judged.headroom, "sentence": judged.sentence,
     }  # fmt: skip
+    lines = {"gateless": judged.gateless, "hidden": result["top_2"]["hidden"], "random": result["top_2"]["random"]}
+    result["wins"] = {name: value - judged.routed for name, value in lines.items()}
     return result
+
+
+def bits_per_byte(model: Any, domains: Domains) -> float:
+    """Mean over domains, of the model as it routes; every token is a byte."""
+    with torch.inference_mode():
+        nats = [
+            float(torch.cat([next_token_loss(model(input_ids=b).logits, b) for b in torch.split(ids, 16)]).mean())
+            for ids in domains.held_out.values()
+        ]
+    return sum(nats) / len(nats) / math.log(2)
 
 
 def main() -> None:
@@ -157,8 +175,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, help="keep the models in this folder")
-    parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--expert-steps", type=int, default=400)
+    parser.add_argument("--base-steps", type=int, default=250)
+    parser.add_argument("--expert-steps", type=int, default=250)
     args = parser.parse_args()
     logging.disable_progress_bar()
     runs = []
@@ -173,8 +191,8 @@ def main() -> None:
             args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
             row = runs[-1]
             line = {k: round(row[k], 3) for k in ("oracle", "soup", "gateless", "headroom")}
-            line |= {gate: round(values["routed"], 3) for gate, values in row["gates"].items()}
-            print(seed, line, "trained", round(row["trained"]["routed"], 3), row["trained"]["sentence"], flush=True)
+            line |= {gate: round(value, 3) for gate, value in row["top_2"].items()}
+            print(seed, line, "trained", round(row["trained"]["routed"], 3), row["wins"], flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
+    import model_fusion.mix as mix
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
@@ -29,8 +30,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fuse":  # the verb and the package share a name: the package is callable
-        return importlib.import_module("model_fusion.fuse")
+    if name in ("fuse", "mix"):  # the verb and the package share a name: the package is callable
+        return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -56,4 +57,5 @@ __all__ = [
     "Tool",
     "audit",
     "fuse",
+    "mix",
 ]
