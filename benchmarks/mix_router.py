@@ -56,7 +56,7 @@ def write_texts(folder: Path, count: int = 60) -> dict[str, Path]:
     result = {}
     for name, files in domain_files().items():
         result[name] = folder / name
-        result[name].mkdir(parents=True)
+        result[name].mkdir(parents=True, exist_ok=True)
         step = max(1, len(files) // count)
         for i, file in enumerate(files[::step][:count]):
             text = file.read_bytes()[:20_000].decode("ascii", errors="ignore")
@@ -97,30 +97,34 @@ def fit(model: LlamaForCausalLM, data: list[torch.Tensor], parameters: list[Any]
 
 
 def make_experts(folder: Path, texts: dict[str, Path], seed: int, base_steps: int, expert_steps: int) -> list[Path]:
-    """[base, one expert a domain]: the experts' FFNs trained on their domain alone, all else the base's."""
-    torch.manual_seed(seed)
+    """[base, one expert a domain]: the experts' FFNs trained on their domain alone, all else the base's.
+
+    Models that an interrupted run left in a kept folder are taken as they are.
+    """
     config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                          tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    made = [folder / "base"]
-    made[0].mkdir()
+    made = [folder / name for name in ("base", *texts)]
+    made[0].mkdir(exist_ok=True)
     byte_tokenizer(made[0])
     tokenizer = tokenizer_of(made[0])
     data = {name: byte_windows(path, tokenizer) for name, path in texts.items()}
-    fit(model, list(data.values()), list(model.parameters()), base_steps, seed)
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    model.save_pretrained(made[0])
-    model.requires_grad_(False)
-    ffn = [p for layer in model.model.layers for p in layer.mlp.parameters()]
-    for p in ffn:
-        p.requires_grad_(True)
-    for i, (name, own) in enumerate(data.items()):
-        model.load_state_dict(start)
+    if not (made[0] / "model.safetensors").is_file():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        fit(model, list(data.values()), list(model.parameters()), base_steps, seed)
+        model.save_pretrained(made[0])
+    for i, own in enumerate(data.values()):
+        if (made[1 + i] / "model.safetensors").is_file():
+            continue
+        model = LlamaForCausalLM.from_pretrained(made[0])
+        model.requires_grad_(False)
+        ffn = [p for layer in model.model.layers for p in layer.mlp.parameters()]
+        for p in ffn:
+            p.requires_grad_(True)
         fit(model, [own], ffn, expert_steps, seed + 1 + i)
-        made.append(folder / name)
-        model.save_pretrained(made[-1])
-        byte_tokenizer(made[-1])
+        model.save_pretrained(made[1 + i])
+        byte_tokenizer(made[1 + i])
     return made
 
 
@@ -139,7 +143,7 @@ def one_seed(seed: int, work: Path, texts: dict[str, Path], base_steps: int, exp
     folders = make_experts(work, texts, seed, base_steps, expert_steps)
     result: dict[str, Any] = {"seed": seed, "cpu_experts": time.process_time() - began, "top_2": {}}
     for gate in ("random", "hidden", "hidden_avg", "mean", "ridge"):
-        out = build(recipe(folders, texts, gate, seed), work / gate).folder
+        out = build(recipe(folders, texts, gate, seed), work / gate, overwrite=True).folder
         model = load_mixed(out)
         domains = prepare(gather(out, None), tokenizer_of(out), WINDOW, JUDGED)
         if gate == "random":
@@ -147,7 +151,9 @@ def one_seed(seed: int, work: Path, texts: dict[str, Path], base_steps: int, exp
             result |= {key: getattr(judged, key) for key in ("matrix", "oracle", "soup", "gateless", "headroom")}
         result["top_2"][gate] = bits_per_byte(model, domains)
     began = time.process_time()
-    out = build({**recipe(folders, texts, "ridge", seed), "experts_per_token": 3}, work / "trained").folder
+    out = build(
+        {**recipe(folders, texts, "ridge", seed), "experts_per_token": 3}, work / "trained", overwrite=True
+    ).folder
     trained = train_router(out, settings=ROUTER, progress=False)
     judged = judge(load_mixed(out), domains)
     result["trained"] = {
@@ -174,9 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--keep", type=Path, help="keep the models in this folder")
-    parser.add_argument("--base-steps", type=int, default=250)
-    parser.add_argument("--expert-steps", type=int, default=250)
+    parser.add_argument("--keep", type=Path, help="keep the models in this folder, and take those already there")
+    parser.add_argument("--base-steps", type=int, default=200)
+    parser.add_argument("--expert-steps", type=int, default=200)
     args = parser.parse_args()
     logging.disable_progress_bar()
     runs = []
@@ -185,7 +191,7 @@ def main() -> None:
         texts = write_texts(root / "texts")
         for seed in args.seeds:
             work = root / f"seed{seed}"
-            work.mkdir()
+            work.mkdir(exist_ok=True)
             runs.append(one_seed(seed, work, texts, args.base_steps, args.expert_steps))
             report = {"machine": machine(), "runs": runs, "router": ROUTER.__dict__}
             args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
