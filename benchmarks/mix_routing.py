@@ -25,7 +25,7 @@ from model_fusion.mix.calibrate import calibrate, tokenizer_of, trunk_model
 from model_fusion.mix.statistics import router_inputs
 from model_fusion.mix.texts import split, windows
 
-GATES = ("hidden", "hidden_avg", "mean", "ridge")
+GATES = ("ridge", "mean", "hidden", "hidden_avg")
 WINDOW = 256
 
 
@@ -50,10 +50,10 @@ def write_recipe(root: Path, texts: dict[str, list[str]], model: str, gate: str,
     for name, documents in texts.items():
         folder = root / name
         if not folder.is_dir():
-            folder.mkdir()
+            folder.mkdir(parents=True)
             for i, text in enumerate(documents):
                 (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
-        prompts = [text[:300] for text in split(documents)[0][:10]]
+        prompts = [text[:250] for text in split(documents)[0][:6]]
         entries.append({"model": model, "name": name, "texts": [str(folder)], "prompts": prompts})
     return {"base_model": model, "experts": entries, "gate": gate, "calibration_tokens": tokens,
             "statistics": str(root / "statistics")}  # fmt: skip
@@ -63,11 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=3072, help="calibration tokens a domain")
-    parser.add_argument("--held-out", type=int, default=1536, help="judged tokens a domain")
+    parser.add_argument("--held-out", type=int, default=1024, help="judged tokens a domain")
+    parser.add_argument("--keep", type=Path, help="keep the statistics in this folder, and take those already there")
     args = parser.parse_args()
     model, texts, rows = resolve_llm("smollm2").path, domain_texts(), {}
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
-        root, gates = Path(temporary), {}
+        root, gates = args.keep or Path(temporary), {}
         for gate in GATES:
             start = time.process_time()
             work = plan(write_recipe(root, texts, model, gate, args.tokens))
