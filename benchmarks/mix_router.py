@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sysconfig
 import tempfile
 import time
@@ -26,15 +27,17 @@ from transformers.utils import logging
 from measure import machine
 from model_fusion.mix.build import build
 from model_fusion.mix.calibrate import tokenizer_of
+from model_fusion.mix.domains import Domains, gather, prepare
+from model_fusion.mix.load import load_mixed
 from model_fusion.mix.texts import split, windows
-from model_fusion.mix.train import RouterSettings, train_router
-from model_fusion.mix.verdict import evaluate
+from model_fusion.mix.train import RouterSettings, next_token_loss, train_router
+from model_fusion.mix.verdict import judge
 
-WINDOW, BATCH = 128, 16
+WINDOW, BATCH = 128, 15
 PROMPTS = 8
-TOKENS = 400_000
-ROUTER = RouterSettings(window=WINDOW, tokens=TOKENS, steps=400, batch_size=16, learning_rate=1e-2, domain=0.1,
-                        validate_every=50, patience=4)  # fmt: skip
+JUDGED = 48_000  # a quarter of it is judged
+ROUTER = RouterSettings(window=WINDOW, steps=150, batch_size=12, learning_rate=3e-2, validate_every=50, patience=0,
+                        tokens=200_000)  # fmt: skip
 
 
 def domain_files() -> dict[str, list[Path]]:
@@ -53,7 +56,7 @@ def write_texts(folder: Path, count: int = 60) -> dict[str, Path]:
     result = {}
     for name, files in domain_files().items():
         result[name] = folder / name
-        result[name].mkdir(parents=True)
+        result[name].mkdir(parents=True, exist_ok=True)
         step = max(1, len(files) // count)
         for i, file in enumerate(files[::step][:count]):
             text = file.read_bytes()[:20_000].decode("ascii", errors="ignore")
@@ -94,30 +97,34 @@ def fit(model: LlamaForCausalLM, data: list[torch.Tensor], parameters: list[Any]
 
 
 def make_experts(folder: Path, texts: dict[str, Path], seed: int, base_steps: int, expert_steps: int) -> list[Path]:
-    """[base, one expert a domain]: the experts' FFNs trained on their domain alone, all else the base's."""
-    torch.manual_seed(seed)
+    """[base, one expert a domain]: the experts' FFNs trained on their domain alone, all else the base's.
+
+    Models that an interrupted run left in a kept folder are taken as they are.
+    """
     config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                          tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    made = [folder / "base"]
-    made[0].mkdir()
+    made = [folder / name for name in ("base", *texts)]
+    made[0].mkdir(exist_ok=True)
     byte_tokenizer(made[0])
     tokenizer = tokenizer_of(made[0])
     data = {name: byte_windows(path, tokenizer) for name, path in texts.items()}
-    fit(model, list(data.values()), list(model.parameters()), base_steps, seed)
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    model.save_pretrained(made[0])
-    model.requires_grad_(False)
-    ffn = [p for layer in model.model.layers for p in layer.mlp.parameters()]
-    for p in ffn:
-        p.requires_grad_(True)
-    for i, (name, own) in enumerate(data.items()):
-        model.load_state_dict(start)
+    if not (made[0] / "model.safetensors").is_file():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        fit(model, list(data.values()), list(model.parameters()), base_steps, seed)
+        model.save_pretrained(made[0])
+    for i, own in enumerate(data.values()):
+        if (made[1 + i] / "model.safetensors").is_file():
+            continue
+        model = LlamaForCausalLM.from_pretrained(made[0])
+        model.requires_grad_(False)
+        ffn = [p for layer in model.model.layers for p in layer.mlp.parameters()]
+        for p in ffn:
+            p.requires_grad_(True)
         fit(model, [own], ffn, expert_steps, seed + 1 + i)
-        made.append(folder / name)
-        model.save_pretrained(made[-1])
-        byte_tokenizer(made[-1])
+        model.save_pretrained(made[1 + i])
+        byte_tokenizer(made[1 + i])
     return made
 
 
@@ -134,31 +141,48 @@ def recipe(folders: list[Path], texts: dict[str, Path], gate: str, seed: int) ->
 def one_seed(seed: int, work: Path, texts: dict[str, Path], base_steps: int, expert_steps: int) -> dict[str, Any]:
     began = time.process_time()
     folders = make_experts(work, texts, seed, base_steps, expert_steps)
-    result: dict[str, Any] = {"seed": seed, "cpu_experts": time.process_time() - began, "gates": {}}
+    result: dict[str, Any] = {"seed": seed, "cpu_experts": time.process_time() - began, "top_2": {}}
     for gate in ("random", "hidden", "hidden_avg", "mean", "ridge"):
-        out = build(recipe(folders, texts, gate, seed), work / gate).folder
-        judged = evaluate(out, window=WINDOW, tokens=TOKENS // 2)
-        result["gates"][gate] = {"routed": judged.routed, "accuracy": judged.accuracy, "load": judged.load}
-    for key in ("matrix", "oracle", "soup", "gateless", "headroom"):
-        result[key] = getattr(judged, key)
+        out = build(recipe(folders, texts, gate, seed), work / gate, overwrite=True).folder
+        model = load_mixed(out)
+        domains = prepare(gather(out, None), tokenizer_of(out), WINDOW, JUDGED)
+        if gate == "random":
+            judged = judge(model, domains)
+            result |= {key: getattr(judged, key) for key in ("matrix", "oracle", "soup", "gateless", "headroom")}
+        result["top_2"][gate] = bits_per_byte(model, domains)
     began = time.process_time()
-    trained = train_router(work / "ridge", settings=ROUTER, progress=False)
-    judged = evaluate(work / "ridge", window=WINDOW, tokens=TOKENS // 2)
+    out = build(
+        {**recipe(folders, texts, "ridge", seed), "experts_per_token": 3}, work / "trained", overwrite=True
+    ).folder
+    trained = train_router(out, settings=ROUTER, progress=False)
+    judged = judge(load_mixed(out), domains)
     result["trained"] = {
         "routed": judged.routed, "accuracy": judged.accuracy, "load": judged.load, "mismatch": judged.mismatch,
         "parameters": trained.parameters, "cpu": time.process_time() - began, "steps": len(trained.history.losses),
         "recovered": (judged.gateless - judged.routed) / judged.headroom, "sentence": judged.sentence,
     }  # fmt: skip
+    lines = {"gateless": judged.gateless, "hidden": result["top_2"]["hidden"], "random": result["top_2"]["random"]}
+    result["wins"] = {name: value - judged.routed for name, value in lines.items()}
     return result
+
+
+def bits_per_byte(model: Any, domains: Domains) -> float:
+    """Mean over domains, of the model as it routes; every token is a byte."""
+    with torch.inference_mode():
+        nats = [
+            float(torch.cat([next_token_loss(model(input_ids=b).logits, b) for b in torch.split(ids, 16)]).mean())
+            for ids in domains.held_out.values()
+        ]
+    return sum(nats) / len(nats) / math.log(2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--keep", type=Path, help="keep the models in this folder")
-    parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--expert-steps", type=int, default=400)
+    parser.add_argument("--keep", type=Path, help="keep the models in this folder, and take those already there")
+    parser.add_argument("--base-steps", type=int, default=200)
+    parser.add_argument("--expert-steps", type=int, default=200)
     args = parser.parse_args()
     logging.disable_progress_bar()
     runs = []
@@ -167,14 +191,14 @@ def main() -> None:
         texts = write_texts(root / "texts")
         for seed in args.seeds:
             work = root / f"seed{seed}"
-            work.mkdir()
+            work.mkdir(exist_ok=True)
             runs.append(one_seed(seed, work, texts, args.base_steps, args.expert_steps))
             report = {"machine": machine(), "runs": runs, "router": ROUTER.__dict__}
             args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
             row = runs[-1]
             line = {k: round(row[k], 3) for k in ("oracle", "soup", "gateless", "headroom")}
-            line |= {gate: round(values["routed"], 3) for gate, values in row["gates"].items()}
-            print(seed, line, "trained", round(row["trained"]["routed"], 3), row["trained"]["sentence"], flush=True)
+            line |= {gate: round(value, 3) for gate, value in row["top_2"].items()}
+            print(seed, line, "trained", round(row["trained"]["routed"], 3), row["wins"], flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
+    import model_fusion.mix as mix
     from model_fusion.checkpoint.verify import verify
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
@@ -36,7 +37,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fuse", "merge"):  # the verb and the package share a name: the package is callable
+    if name in ("fuse", "merge", "mix"):  # the verb and the package share a name: the package is callable
         return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
@@ -66,5 +67,6 @@ __all__ = [
     "inspect",
     "merge",
     "merge_state_dicts",
+    "mix",
     "verify",
 ]

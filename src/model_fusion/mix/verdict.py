@@ -91,10 +91,11 @@ def sentence(headroom: float, bits: dict[str, float]) -> str:
     won = bits["gateless"] - bits["routed"]
     share = f"; the routers as they are win {won:.3f} of it" if won > 0 else "; the routers as they are win none of it"
     if headroom < WORTH:
-        best = min(("soup", "gateless"), key=lambda name: bits[name])
+        words = {"soup": "the soup", "gateless": "gateless", "routed": "the routers as they are"}
+        best = min(words, key=lambda name: bits[name])
         return (
             f"Training the router will not pay, because the best expert of each domain is only {headroom:.3f} bits "
-            f"a byte better than running all experts (gateless); use {best} ({bits[best]:.3f})."
+            f"a byte better than running all experts (gateless); use {words[best]} ({bits[best]:.3f})."
         )
     return (
         f"Training the router can pay, because the best expert of each domain is {headroom:.3f} bits a byte better "
