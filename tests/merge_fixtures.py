@@ -1,7 +1,7 @@
 """Tiny Llama-shaped checkpoints and a linear method, for tests of the merge engine."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,3 +71,7 @@ class PlainLinear:
     min_models: int = 1
     max_models: int | None = None
     run: Any = _linear
+
+    def stream(self, *arguments: Any) -> Iterator[Tensor]:
+        *given, dtype = arguments
+        yield self.run(*given).to(dtype).reshape(-1)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from model_fusion.errors import InputError, IntegrityError, MissingDependencyError, ModelFusionError
 
 if TYPE_CHECKING:
+    import model_fusion.fuse as fuse
+    from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
+    from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
@@ -16,14 +19,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    "audit": "model_fusion.evaluate.audit",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "fuse":  # the verb and the package share a name: the package is callable
+        return importlib.import_module("model_fusion.fuse")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -34,7 +41,9 @@ __all__ = [
     "Example",
     "Expert",
     "Field",
+    "FusedClassifier",
     "FusedModel",
+    "FusedRegressor",
     "Gated",
     "InputError",
     "InputSchema",
@@ -45,4 +54,6 @@ __all__ = [
     "ModelFusionError",
     "Prefix",
     "Tool",
+    "audit",
+    "fuse",
 ]

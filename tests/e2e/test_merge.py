@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_fixtures import LAYERS, PlainLinear, tensors, write
-from model_fusion.checkpoint.lineage import verify
+from model_fusion.checkpoint.verify import verify
 from model_fusion.errors import IntegrityError
 from model_fusion.merge import engine
 from model_fusion.recipe.merge import parse
@@ -185,7 +185,7 @@ def test_a_tied_head_is_not_written(tmp_path: Path) -> None:
 
 def test_verify_passes_and_then_sees_one_changed_byte(room: Path) -> None:
     out = run(room, linear((1.0, 1.0)))
-    assert verify(out) == len(tensors(0))
+    assert verify(out).tensors == len(tensors(0))
     record = json.loads((out / "model_fusion.json").read_text())
     assert record["recipe"]["merge_method"] == "linear"
     assert len(record["tensors"]["lm_head.weight"]["inputs"]) == 2

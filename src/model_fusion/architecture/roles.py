@@ -3,9 +3,8 @@
 No model class is imported: names on disk are the published ones, while transformers renames and fuses them.
 """
 
-import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,9 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("mlp", r"(mlp|feed_forward|ffn|fc\d|intermediate|output\.dense)"),
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
+_BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|predictions|predictions\.decoder)\.(weight|bias)$")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -90,23 +89,11 @@ def tied(config: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, ...
     return [(embedding, *heads)] if embedding and heads else []
 
 
-def stacked_config(config: Mapping[str, Any], sources: Sequence[int], length: int) -> dict[str, Any]:
-    """The config of a model whose layers are `sources` (indices into a model of `length` layers).
+def input_embedding(names: Iterable[str]) -> str | None:
+    """The tensor that holds one row a token."""
+    return next((name for name in names if _EMBEDDINGS.search(name) and not _TOWER.search(name)), None)
 
-    Every per-layer list of the old length is re-sliced, lists of layer numbers are renumbered, counts set.
-    """
-    result = copy.deepcopy(dict(config))
-    text = result.get("text_config")
-    inner: dict[str, Any] = text if isinstance(text, dict) else result
-    if list(sources) == list(range(length)):
-        return result
-    for key, value in list(inner.items()):
-        if key in _COUNTS and value == length:
-            inner[key] = len(sources)
-        elif key in ("max_window_layers",) and isinstance(value, int):
-            inner[key] = len(sources) if value >= length else sum(1 for s in sources if s < value)
-        elif key in ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices") and isinstance(value, list):
-            inner[key] = [i for i, source in enumerate(sources) if source in value]
-        elif isinstance(value, list) and len(value) == length and ("layer" in key or length > 8):
-            inner[key] = [value[source] for source in sources]
-    return result
+
+def has_row_a_token(name: str) -> bool:
+    """Whether a tensor's rows are tokens: input embeddings, language-model heads and their biases."""
+    return bool(_EMBEDDINGS.search(name) or _BY_TOKEN.search(name)) and not _TOWER.search(name)

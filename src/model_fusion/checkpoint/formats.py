@@ -109,8 +109,8 @@ def _entry(file: Path, start: int, name: str, info: object) -> Entry:
     return Entry(name, spec.dtype, spec.shape, file, start + offsets[0], start + offsets[1])
 
 
-def build_header(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int]]:
-    """Header bytes (padded to 8) and each tensor's offset in the file, in the order given."""
+def build_header(specs: Sequence[TensorSpec], room: int = 0) -> tuple[bytes, list[int]]:
+    """Header bytes (padded to 8, or to `room` bytes) and each tensor's offset in the file, in the order given."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position, relative = 0, []
     for spec in specs:
@@ -123,5 +123,5 @@ def build_header(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int]]:
         }
         position = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, room - 8 - len(text))
     return struct.pack("<Q", len(text)) + text, [8 + len(text) + offset for offset in relative]

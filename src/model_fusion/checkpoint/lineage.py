@@ -3,16 +3,15 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model_fusion.checkpoint.reader import Checkpoint, read_json
-from model_fusion.checkpoint.sources import Source
-from model_fusion.checkpoint.writer import as_bytes
-from model_fusion.errors import InputError, IntegrityError
+from model_fusion.checkpoint.formats import NAMES, TensorSpec
+from model_fusion.checkpoint.reader import Checkpoint
 
 NAME = "model_fusion.json"
 
@@ -28,29 +27,68 @@ def _version() -> str:
 
 def build(
     kind: str,
+    method: str,
     recipe: Mapping[str, Any],
-    seed: int,
     parents: Sequence[Checkpoint],
+    specs: Sequence[TensorSpec],
     outputs: Mapping[str, str],
     inputs: Mapping[str, Mapping[str, str]],
     files: Mapping[str, bytes],
+    *,
+    command: str,
+    defaults: Mapping[str, Any],
+    seed: int = 0,
+    notes: Sequence[str] = (),
 ) -> bytes:
-    """The lineage file: `outputs` maps tensor → SHA-256, `inputs` maps tensor → {parent:tensor → SHA-256}."""
+    """The lineage file: `outputs` maps tensor → SHA-256, `inputs` maps tensor → {parent:tensor → SHA-256}.
+
+    `command` makes the output again, `defaults` are what the method takes where the recipe is
+    silent, `notes` sentences for the card.
+    dtype and shape of the `specs` stand beside the hashes: the same bytes under another dtype are another tensor.
+    """
+    tensors = {
+        spec.name: {
+            "sha256": outputs[spec.name],
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "inputs": dict(inputs.get(spec.name, {})),
+        }
+        for spec in sorted(specs, key=lambda spec: spec.name)
+    }
     record = {
         "format": 1,
         "kind": kind,
+        "method": method,
         "recipe": dict(recipe),
+        "defaults": dict(defaults),
         "seed": seed,
+        "command": command,
+        "notes": list(notes),
         "versions": {
             "model_fusion": _version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "parents": [{"model": parent.source.spec, "licence": licence_of(parent.folder)} for parent in parents],
-        "tensors": {name: {"sha256": outputs[name], "inputs": dict(inputs.get(name, {}))} for name in sorted(outputs)},
+        "parents": [_parent(parent, tensors.values()) for parent in parents],
+        "tensors": tensors,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     return json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _parent(parent: Checkpoint, tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """A parent's text, hub revision, licences (an adapter has its own), and one SHA-256 over those of its tensors."""
+    prefix = parent.source.spec + ":"
+    read = {key: value for entry in tensors for key, value in entry["inputs"].items() if key.startswith(prefix)}
+    lines = "".join(f"{value}  {key.removeprefix(prefix)}\n" for key, value in sorted(read.items()))
+    folders = [parent.folder, *([parent.source.adapter] if parent.source.adapter else [])]
+    revision = parent.folder.name if parent.folder.parent.name == "snapshots" else None
+    return {
+        "model": parent.source.spec,
+        "revision": revision,
+        "licences": [licence_of(folder) for folder in folders],
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+    }
 
 
 def licence_of(folder: Path) -> str | None:
@@ -58,31 +96,9 @@ def licence_of(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]
-    found = next((line for line in lines if line.startswith("license:")), None)
-    return found.partition(":")[2].strip() if found else None
-
-
-def verify(folder: Path) -> int:
-    """Recompute every recorded hash; returns the number of tensors.
-
-    Raises `IntegrityError` naming what changed, `InputError` when the folder has no lineage.
-    """
-    if not (folder / NAME).is_file():
-        raise InputError(f"{folder}: no {NAME}; only folders that model-fusion wrote can be verified")
-    record = read_json(folder / NAME)
-    tensors, files = record.get("tensors"), record.get("files")
-    if not isinstance(tensors, dict) or not isinstance(files, dict):
-        raise IntegrityError(f"{folder / NAME}: damaged (no list of tensors and files)")
-    for name, digest in files.items():
-        file = folder / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise IntegrityError(f"{file}: changed or missing since it was written")
-    checkpoint = Checkpoint(Source(str(folder), folder))
-    odd = sorted(set(tensors) ^ set(checkpoint.names))
-    if odd:
-        raise IntegrityError(f"{folder}: tensor {odd[0]!r} was {'removed' if odd[0] in tensors else 'added'}")
-    for name, entry in tensors.items():
-        if hashlib.sha256(as_bytes(checkpoint.read(name))).hexdigest() != entry.get("sha256"):
-            raise IntegrityError(f"{checkpoint.file_of(name)}: tensor {name!r} changed since it was written")
-    return len(tensors)
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return None
+    head = takewhile(lambda line: line.strip() != "---", lines[1:])
+    found = next((line for line in head if line.startswith("license:")), "")
+    return found.partition(":")[2].strip().strip("'\"") or None

@@ -132,19 +132,31 @@ def _dequantise(file: Path, target: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def load_llm(source: LLMSource, *, dtype: torch.dtype | str = "auto", **options: Any) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a resolved source. `options` go to `from_pretrained` as they are
-    (`device_map`, `quantization_config`, `attn_implementation` …). Remote code is never run."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def load_tokenizer(source: LLMSource) -> tuple[Any, Any]:
+    """(config, tokenizer) of a resolved source, without its weights: enough to check prompts. Raises InputError."""
+    from transformers import AutoConfig, AutoTokenizer
 
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{source.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    return config, tokenizer
+
+
+def load_llm(source: LLMSource, *, dtype: torch.dtype | str = "auto", **options: Any) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a resolved source. `options` go to `from_pretrained` as they are
+    (`device_map`, `quantization_config`, `attn_implementation` …). Remote code is never run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _, tokenizer = load_tokenizer(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, trust_remote_code=False, **options)
+    except OSError as error:
+        raise InputError(f"{source.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]})") from None
     return model.eval(), tokenizer

@@ -1,66 +1,78 @@
 """`base+lora`: a checkpoint whose tensors have a LoRA adapter added as they are read. No peft needed."""
 
-import math
-import re
-from pathlib import Path
-
 from torch import Tensor
 
-from model_fusion.checkpoint.formats import Entry, read_header
-from model_fusion.checkpoint.reader import Checkpoint, map_tensor, read_json
+from model_fusion.architecture.roles import role_of, tied
+from model_fusion.checkpoint.adapter import Adapter, Pair
+from model_fusion.checkpoint.formats import Entry
+from model_fusion.checkpoint.reader import Checkpoint, map_tensor
 from model_fusion.checkpoint.sources import Source
 from model_fusion.errors import InputError
 
-_NAME = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight$")
-_REFUSED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
-
 
 class AdaptedCheckpoint(Checkpoint):
-    """W + scale · B A, with scale = alpha / r (rsLoRA: alpha / sqrt(r)); Hu et al. 2021, equation 3."""
+    """W + scale · B A, with scale = alpha / r (rsLoRA: alpha / sqrt(r)); Hu et al. 2021, equation 3.
+
+    Tensors that the adapter saves whole (modules_to_save, biases) replace the base's.
+    """
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         if source.adapter is None:
             raise InputError(f"{source.spec}: no adapter given")
-        file = source.adapter / "adapter_config.json"
-        if not file.is_file():
-            raise InputError(f"{source.adapter}: no adapter_config.json; `base+lora` needs a peft LoRA folder")
-        config = read_json(file)
-        for key in _REFUSED:
-            if config.get(key):
-                raise InputError(f"{file}: {key} is not supported; merge the adapter with peft first")
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-            raise InputError(f"{file}: r and lora_alpha must be numbers, r at least 1")
-        self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        self._transpose = bool(config.get("fan_in_fan_out"))
-        self._pairs: dict[str, dict[str, Entry]] = {}
-        self._pair_up(source.adapter / "adapter_model.safetensors")
-
-    def _pair_up(self, file: Path) -> None:
-        if not file.is_file():
-            raise InputError(f"{file}: the adapter's weights are missing")
-        for entry in read_header(file):
-            match = _NAME.match(entry.name)
-            if match is None:
-                raise InputError(f"{file}: tensor {entry.name!r} is not a LoRA matrix; merge with peft first")
-            target = f"{match.group(1)}.weight"
-            if target not in self:
-                raise InputError(f"{file}: tensor {entry.name!r} has no counterpart {target!r} in {self.folder}")
-            self._pairs.setdefault(target, {})[match.group(2)] = entry
-        for target, pair in self._pairs.items():
-            if set(pair) != {"A", "B"}:
-                raise InputError(f"{file}: {target!r} has lora_{min(pair)} only; the pair is incomplete")
-            shape = (pair["B"].shape[0], pair["A"].shape[-1])
+        self._adapter = Adapter(source.adapter)
+        self._pairs: dict[str, Pair] = {}
+        self._saved: dict[str, Entry] = {}
+        for module, pair in self._adapter.pairs.items():
+            target = self._target(f"{module}.weight")
             wanted = self.spec(target).shape
-            if shape != (wanted[::-1] if self._transpose else wanted):
-                raise InputError(f"{file}: LoRA of {target!r} is {shape}, the base's tensor {wanted}")
+            shape = pair.shape[::-1] if self._transposed(target, pair) else pair.shape
+            if shape != wanted:
+                raise InputError(f"{self._adapter.file}: LoRA of {target!r} is {shape}, the base's tensor {wanted}")
+            self._pairs[target] = pair
+        for name, entry in self._adapter.saved.items():
+            if not self._repeats(name, entry):
+                target = self._target(name)
+                if entry.shape != self.spec(target).shape:
+                    wanted = self.spec(target).shape
+                    raise InputError(f"{self._adapter.file}: {name!r} is {entry.shape}, the base's tensor {wanted}")
+                self._saved[target] = entry
+
+    def _target(self, name: str) -> str:
+        """The base's name: checkpoints of headless models lack the outermost module's name (GPT-2's "transformer.")."""
+        shorter = name.partition(".")[2]
+        found = name if name in self else shorter if shorter in self else None
+        if found is None:
+            raise InputError(f"{self._adapter.file}: {name!r} has no counterpart in {self.folder}")
+        return found
+
+    def _repeats(self, name: str, entry: Entry) -> bool:
+        """Whether a saved head is the saved embedding again, in a model that ties the two."""
+        group = tied(self.config, [*self.names, name])
+        if name in self or not group or name not in group[0]:
+            return False
+        embedding = self._adapter.saved.get(group[0][0])
+        return embedding is not None and map_tensor(embedding).equal(map_tensor(entry))
+
+    def _transposed(self, target: str, pair: Pair) -> bool:
+        """Conv1D and embeddings store [in, out]. peft goes by the module's class too, not by fan_in_fan_out."""
+        return pair.embedding or role_of(target, self.config).transposed
 
     def read(self, name: str) -> Tensor:
         """The tensor with its adapter, float32 where there is one (rounded only in the output)."""
-        weight = super().read(name)
+        weight = map_tensor(self._saved[name]) if name in self._saved else super().read(name)
         pair = self._pairs.get(name)
         if pair is None:
             return weight
-        delta = map_tensor(pair["B"]).float() @ map_tensor(pair["A"]).float()
-        return weight.float().add(delta.T if self._transpose else delta, alpha=self._scale)
+        a, b = pair.factors()
+        delta = b @ a
+        return weight.float().add(delta.T if self._transposed(name, pair) else delta, alpha=pair.scale)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        parts = {} if name in self._saved else {name: super().read(name)}
+        if name in self._saved:
+            parts[f"{name}+lora_saved"] = map_tensor(self._saved[name])
+        if name in self._pairs:
+            pair = self._pairs[name]
+            parts |= {f"{name}+lora_A": map_tensor(pair.a), f"{name}+lora_B": map_tensor(pair.b)}
+        return parts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model_fusion.checkpoint.formats import Entry, TensorSpec, read_header
+from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source
 from model_fusion.errors import InputError
 
@@ -135,6 +136,15 @@ class Checkpoint:
     def file_of(self, name: str) -> Path:
         return self._entries[name].file if name in self._entries else self._pickled[name][0]
 
+    def files(self) -> dict[str, bytes]:
+        """The small files (tokenizer, chat template …) that belong in an output, by name."""
+        return {name: (self.folder / name).read_bytes() for name in small_files(self.folder)}
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two of its tensors hold the same numbers."""
+        one, two = self.spec(first), self.spec(second)
+        return one.shape == two.shape and torch.equal(self.read(first), self.read(second))
+
     def read(self, name: str) -> Tensor:
         """The tensor, in its stored dtype and shape, as a view of the file."""
         if name in self._pickled:
@@ -144,6 +154,10 @@ class Checkpoint:
             if entry.file not in self._maps:
                 self._maps[entry.file] = _map(entry.file)
         return map_tensor(entry, self._maps[entry.file])
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """What `read` makes the tensor from, as it lies on disk: label → tensor. This is what lineage hashes."""
+        return {name: self.read(name)}
 
 
 def _map(file: Path) -> mmap.mmap:

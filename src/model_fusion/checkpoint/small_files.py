@@ -12,4 +12,6 @@ def _kept(name: str) -> bool:
     exact = {"generation_config.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json"}
     exact |= {"added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json"}
     exact |= {"preprocessor_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+    if name == "tokenizer_report.json":  # speaks of the merge that made the folder
+        return False
     return name in exact or (name.startswith("tokenizer") and name.endswith(".json"))

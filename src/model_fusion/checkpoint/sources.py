@@ -23,8 +23,8 @@ class Source:
     adapter: Path | None = None
 
 
-def resolve(spec: str, relative_to: Path | None = None) -> Source:
-    """Find the folder(s) a recipe's model text means.
+def resolve(spec: str, relative_to: Path | None = None, *, offline: bool = False) -> Source:
+    """Find the folder(s) a recipe's model text means. `offline` takes from the hub only what is already here.
 
     Raises `InputError` for a path without a folder, and for a hub id that cannot be fetched.
     """
@@ -33,8 +33,8 @@ def resolve(spec: str, relative_to: Path | None = None) -> Source:
         return Source(spec, whole)
     base, plus, adapter = spec.partition("+")
     if plus and base and adapter:
-        return Source(spec, _folder(base, relative_to), _folder(adapter, relative_to))
-    return Source(spec, _folder(spec, relative_to))
+        return Source(spec, _folder(base, relative_to, offline), _folder(adapter, relative_to, offline))
+    return Source(spec, _folder(spec, relative_to, offline))
 
 
 def _local(text: str, relative_to: Path | None) -> Path | None:
@@ -48,7 +48,7 @@ def _local(text: str, relative_to: Path | None) -> Path | None:
     return None
 
 
-def _folder(text: str, relative_to: Path | None) -> Path:
+def _folder(text: str, relative_to: Path | None, offline: bool) -> Path:
     found = _local(text, relative_to)
     if found is not None:
         return found
@@ -62,7 +62,9 @@ def _folder(text: str, relative_to: Path | None) -> Path:
         message = f"no such folder: {text!r}; to fetch it as a hub id, install model-fusion[fuse]"
         raise MissingDependencyError(message) from error
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=offline)
+        )
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"no such folder: {text!r}, and the hub did not give it either ({first})") from error

@@ -1,17 +1,15 @@
 """The atomic writer: shards laid out first, each tensor written once at its place, the folder renamed last.
 
-Until `finish`, everything lives in `.NAME.partial` beside the target, in files no loader looks for. A journal
-there, keyed by recipe and inputs, lets a killed run continue: what it lists is hashed again before use.
+A journal in the partial folder, keyed by recipe and inputs, lets a killed run continue: what it lists is hashed
+again before use.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,12 @@ import torch
 from torch import Tensor
 
 from model_fusion.checkpoint.formats import TensorSpec, build_header
+from model_fusion.checkpoint.output_folder import OutputFolder
+from model_fusion.checkpoint.output_folder import explain as _explain
+from model_fusion.checkpoint.output_folder import pwrite as _pwrite
 from model_fusion.errors import InputError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1 << 22
-
-
-def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse an output that is an input (or inside or around one), or that exists without `overwrite`."""
-    real = target.resolve()
-    for folder in inputs:
-        source = folder.resolve()
-        if real == source or real in source.parents or source in real.parents:
-            raise InputError(f"output {target} is, holds or lies in the input {folder}: choose another folder")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"output {target} exists and is not a folder: choose another name")
-    if target.exists() and not overwrite and any(target.iterdir()):
-        raise InputError(f"output {target} already exists: pass --overwrite to replace it, or choose another folder")
-    if not target.parent.is_dir():
-        raise InputError(f"no such folder: {target.parent} (the output's parent)")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write in {target.parent}: permission denied")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -48,7 +31,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-class CheckpointWriter:
+class CheckpointWriter(OutputFolder):
     """Writes `specs` into `target`. Use as a context manager: an error removes the partial folder, an
     interruption (Ctrl-C, kill) keeps it for `resume=True`; neither leaves anything at `target`.
 
@@ -64,9 +47,7 @@ class CheckpointWriter:
         shard_size: int = 5 * 10**9,
         resume: bool = False,
     ) -> None:
-        self.target = Path(os.path.abspath(target))
-        self.partial = self.target.with_name(f".{self.target.name}.partial")
-        self._old = self.target.with_name(f".{self.target.name}.old")
+        super().__init__(target)
         self.done: dict[str, str] = {}
         self.inputs_of: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
@@ -78,8 +59,6 @@ class CheckpointWriter:
             self._headers.append((header, len(header) + sum(spec.nbytes for spec in shard)))
             for spec, offset in zip(shard, offsets, strict=True):
                 self._place[spec.name] = (number, offset, spec)
-        self._files: list[int] = []
-        self._journal = -1
         layout = hashlib.sha256(b"".join(header for header, _ in self._headers)).hexdigest()
         try:
             self._start(f"{key}-{layout}", resume)
@@ -95,23 +74,10 @@ class CheckpointWriter:
         return [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
 
     def _start(self, key: str, resume: bool) -> None:
-        if self._old.is_dir() and not self.target.exists():
-            os.rename(self._old, self.target)  # killed between the two renames: the user's old folder comes back
-        self.partial.mkdir(exist_ok=True)
-        self._journal = os.open(self.partial / "journal", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._journal)
-            self._journal = -1
-            raise InputError(f"another process is writing {self.target}: wait for it to end") from error
-        lines = (self.partial / "journal").read_bytes().split(b"\n")[:-1]
+        lines = self.open().split(b"\n")[:-1]
         same = resume and bool(lines) and _parse(lines[0]).get("key") == key
         if not same:
-            for item in self.partial.iterdir():
-                if item.name != "journal":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
-            os.ftruncate(self._journal, 0)
+            self.empty()
         for name, (header, size) in zip(self._names(), self._headers, strict=True):
             shard = self.partial / f"{name}.partial"
             if (self.partial / name).exists():
@@ -141,16 +107,31 @@ class CheckpointWriter:
 
         `inputs` (input → SHA-256) is kept in `inputs_of`, and in the journal for a resumed run.
         """
-        number, offset, spec = self._place[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        spec = self._place[name][2]
+        if tuple(tensor.shape) != spec.shape:
             raise InputError(f"tensor {name!r}: planned {spec.shape} {spec.dtype}, got {tuple(tensor.shape)}")
+        return self.write_parts(name, torch.split(tensor.contiguous().reshape(-1), _BLOCK), inputs)
+
+    def write_parts(self, name: str, parts: Iterable[Tensor], inputs: Mapping[str, str] | None = None) -> str:
+        """As `write`, from the flat tensor's consecutive parts; each is written before the next is asked for."""
+        number, offset, spec = self._place[name]
         digest = hashlib.sha256()
-        data = as_bytes(tensor)
+        written = 0
+        for part in parts:
+            data = as_bytes(part)
+            if part.dtype != spec.dtype or written + len(data) > spec.nbytes:
+                raise InputError(f"tensor {name!r}: planned {spec.shape} {spec.dtype}, got more, or {part.dtype}")
+            digest.update(data)
+            try:
+                _pwrite(self._files[number], data, offset + written)
+            except OSError as error:
+                raise _explain(error, self.target) from error
+            written += len(data)
+        if written != spec.nbytes:
+            raise InputError(f"tensor {name!r}: planned {spec.nbytes} bytes, got {written}")
+        record = {"name": name, "sha256": digest.hexdigest(), "inputs": dict(inputs or {})}
         try:
-            for start in range(0, len(data), _BLOCK):
-                digest.update(data[start : start + _BLOCK])
-                _pwrite(self._files[number], data[start : start + _BLOCK], offset + start)
-            record = {"name": name, "sha256": digest.hexdigest(), "inputs": dict(inputs or {})}
+            _start_writeback(self._files[number], offset, written)
             with self._lock:
                 os.write(self._journal, json.dumps(record).encode() + b"\n")
                 self.inputs_of[name] = dict(inputs or {})
@@ -165,44 +146,13 @@ class CheckpointWriter:
         if absent:
             raise InputError(f"tensor {absent[0]!r} was planned and never written")
         try:
-            names = self._names()
             extra = dict(files)
-            if len(names) > 1:
+            if len(self._shards) > 1:
                 extra["model.safetensors.index.json"] = self._index()
-            for file in self._files:
-                os.fsync(file)
-                os.close(file)
-            self._files = []
-            for name in names:
-                os.rename(self.partial / f"{name}.partial", self.partial / name)
-            # config.json last: without it nothing loads the folder
-            for name in sorted(extra, key=lambda n: n == "config.json"):
-                with (self.partial / name).open("wb") as handle:
-                    handle.write(extra[name])
-                    handle.flush()
-                    os.fsync(handle.fileno())
-            _sync_folder(self.partial)
-            (self.partial / "journal").unlink()
-            self._replace()
+            self.publish(self._names(), extra, last="config.json")
         except OSError as error:
             raise _explain(error, self.target) from error
         self.close()
-
-    def _replace(self) -> None:
-        if self._old.exists():
-            shutil.rmtree(self._old)
-        had_old = self.target.exists()
-        if had_old:
-            os.rename(self.target, self._old)
-        try:
-            os.rename(self.partial, self.target)
-        except OSError:
-            if had_old:
-                os.rename(self._old, self.target)
-            raise
-        _sync_folder(self.target.parent)
-        if had_old:
-            shutil.rmtree(self._old)
 
     def _index(self) -> bytes:
         shards = list(zip(self._names(), self._shards, strict=True))
@@ -210,21 +160,6 @@ class CheckpointWriter:
         size = sum(spec.nbytes for shard in self._shards for spec in shard)
         index = {"metadata": {"total_size": size}, "weight_map": table}
         return json.dumps(index, indent=2).encode() + b"\n"
-
-    def close(self) -> None:
-        """Release the files; what is on disk stays."""
-        for file in [*self._files, self._journal]:
-            if file >= 0:
-                os.close(file)
-        self._files, self._journal = [], -1
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.close()
-        if kind is not None and issubclass(kind, Exception):
-            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _plan_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -248,10 +183,10 @@ def _parse(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _pwrite(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
+def _start_writeback(file: int, offset: int, size: int) -> None:
+    """Ask the kernel to begin writing what was just written, so that the final fsync finds little left."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _digest(file: int, offset: int, size: int) -> str:
@@ -263,17 +198,3 @@ def _digest(file: int, offset: int, size: int) -> str:
         digest.update(block)
         offset, size = offset + len(block), size - len(block)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _explain(error: OSError, target: Path) -> InputError:
-    if error.errno in _FULL:
-        return InputError(f"disk full while writing {target}: free space or choose another disk")
-    return InputError(f"cannot write {target}: {error.strerror or error}")

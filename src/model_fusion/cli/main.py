@@ -8,7 +8,13 @@ import traceback
 import click
 import typer
 
+from model_fusion.cli.audit import audit
+from model_fusion.cli.chat import chat
+from model_fusion.cli.fuse import fuse
+from model_fusion.cli.generate import generate
+from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
+from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
 app = typer.Typer(
@@ -26,6 +32,12 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 
 
 app.command("merge")(merge)
+app.command("audit")(audit)
+app.command("fuse")(fuse)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("verify")(verify)
+app.add_typer(lora, name="lora")
 
 
 def main() -> None:

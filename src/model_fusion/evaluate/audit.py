@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -21,15 +17,19 @@ from model_fusion.errors import InputError
 from model_fusion.evaluate import speech
 from model_fusion.evaluate.controls import CONTROLS, Control, NotApplicable
 from model_fusion.evaluate.journal import Journal
+from model_fusion.evaluate.machine import machine, versions
+from model_fusion.evaluate.saved import load_for_audit
 from model_fusion.evaluate.summary import summarise
 from model_fusion.evaluate.tasks.base import Task
 from model_fusion.evaluate.trials import Trials
+from model_fusion.fuse.fit import Example
 from model_fusion.fuse.model import FusedModel
 
 FEW = 32
 """The few-label comparison of control 5, validation included."""
 CURVE = (8, 16, 32, 64, 128)
 ENOUGH_SEEDS = 5
+JOURNAL = "audit.journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,63 @@ def cells(settings: AuditSettings, label_count: int) -> list[Cell]:
         few = [count for count in settings.curve if count < label_count]
         found += [Cell(control, seed, count) for control in chosen if control.curve for count in few]
     return found
+
+
+def audit(
+    fusion: FusedModel | str | Path,
+    *,
+    task: Task | str | None = None,
+    examples: Sequence[Example] | str | Path | None = None,
+    seeds: int | None = None,
+    quick: bool = False,
+    json_file: str | Path | None = None,
+    html_file: str | Path | None = None,
+    journal: str | Path | None = None,
+    resume: bool = False,
+    given: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Audit a fusion (a model, or a saved folder) on a task or on your own examples; returns the report.
+
+    Its `claims` say in words what the numbers support. `seeds`: trainings of what trains (default 5, `quick` 2).
+    Finished cells are kept in `journal` (default: audit.journal.jsonl in the saved folder, or beside the JSON file),
+    from which `resume` goes on. Raises InputError, IntegrityError.
+    """
+    from model_fusion.report.claims import claims
+    from model_fusion.report.page import page
+
+    fused, chosen = load_for_audit(fusion, task, examples, given)
+    settings = AuditSettings.short(seeds or 2) if quick else AuditSettings(ENOUGH_SEEDS if seeds is None else seeds)
+    folder = None if isinstance(fusion, FusedModel) else Path(fusion)
+    if journal is None:
+        if folder is None and json_file is None:
+            raise InputError("name a journal file: this model is not in a folder where finished cells could be kept")
+        journal = folder / JOURNAL if folder else Path(f"{json_file}.journal.jsonl")
+    report = run_audit(
+        fused, chosen, settings, journal=Path(journal), fusion=str(fusion) if folder else "", resume=resume,
+        progress=progress,
+    )  # fmt: skip
+    judged = claims(report)
+    report["claims"] = [claim.to_json() for claim in judged]
+    if json_file is not None:
+        write(Path(json_file), json.dumps(report, indent=2) + "\n")
+    if html_file is not None:
+        draw = chosen.draw
+        items = [question.inputs[chosen.expert_name] for question in chosen.questions()]
+        picture = None if draw is None else lambda figure: draw(figure, items, report["answers"])
+        write(Path(html_file), page(report, judged, picture))
+    return report
+
+
+def write(file: Path, text: str) -> None:
+    """Complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    work = file.with_name(f".{file.name}.incomplete")
+    try:
+        work.write_text(text, encoding="utf-8")
+        work.replace(file)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def run_audit(
@@ -163,7 +220,7 @@ def _answers(trials: Trials, found: Mapping[str, Mapping[str, Any]]) -> list[str
 
 
 def _fingerprint(fused: FusedModel, task: Task, training: Mapping[str, Any]) -> str:
-    """SHA-256 of what must be equal for kept cells to fit: fusion, task, training, versions; seeds may be added."""
+    """SHA-256 of what kept cells must share: fusion, task, training, versions. More seeds may be added."""
     digest = hashlib.sha256(
         json.dumps(
             [fused.fusion.config.to_json(), task.name, task.prompt, dict(training), versions()],
@@ -195,31 +252,3 @@ def _progress(show: bool) -> Progress:
         console=console,
         disable=not (show and console.is_terminal),
     )
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines: Sequence[str] = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    found = {"python": platform.python_version()}
-    for name in ("model-fusion", "torch", "transformers", "accelerate", "peft", "scikit-learn", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

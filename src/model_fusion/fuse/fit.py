@@ -48,6 +48,7 @@ def fit(
     *,
     validation: Sequence[ExampleLike] = (),
     resume: str | Path | None = None,
+    keep: bool = False,
     progress: bool = True,
     fit_normaliser: bool = True,
     **settings: Any,
@@ -55,7 +56,8 @@ def fit(
     """Train the active bridge on `examples`. Features are encoded once; normalisers are fitted on `examples` only.
 
     settings: fields of `TrainSettings`; what is not given comes from the bridge's own defaults. Without
-    `validation`, a fifth of the examples (at least one) is held out by the seed. Raises InputError.
+    `validation`, a fifth of the examples (at least one) is held out by the seed. `resume` and `keep` as in `train`.
+    Raises InputError.
     """
     if not fused.bridge.trainable:
         raise InputError(f"the {fused.bridge.kind} bridge has nothing to train: ask it directly")
@@ -82,6 +84,7 @@ def fit(
             lambda: held.measure(chosen.batch_size * 2),
             chosen,
             resume=Path(resume) if resume else None,
+            keep=keep,
             fingerprint=fingerprint(fused, step.rows, chosen),
             progress=progress,
         )
@@ -146,10 +149,12 @@ def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
         fused.normalisers[name].fit(features)  # type: ignore[operator]
 
 
-def held_out(examples: Sequence[ExampleLike], seed: int) -> tuple[list[ExampleLike], list[ExampleLike]]:
-    """(training, validation): a fifth of the examples, at least one, chosen by the seed."""
+def held_out(
+    examples: Sequence[ExampleLike], seed: int, share: float = 0.2
+) -> tuple[list[ExampleLike], list[ExampleLike]]:
+    """(training, validation): `share` of the examples, at least one, are held out, chosen by the seed."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, len(examples) // 5)
+    count = max(1, int(len(examples) * share))
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
 

@@ -80,6 +80,7 @@ def load_fused(
     for name in given or {}:
         if name not in config["experts"]:
             raise InputError(f"given names {name!r}, but the experts here are {', '.join(config['experts'])}")
+    check_files(folder, config)
     experts = {name: _expert(folder, name, c, given, allow_pickle) for name, c in config["experts"].items()}
     recorded = config["base"]
     if base is None or isinstance(base, (str, Path)):
@@ -108,17 +109,22 @@ def load_bridge(fused: FusedModel, name: str, folder: str | Path, config: dict[s
     config = config or read_config(folder)
     if config["reserved_ids"] != fused.reserved:
         raise InputError(f"{folder}: this bridge was trained for the experts {', '.join(config['reserved_ids'])}")
-    for file, digest in config["sha256"].items():
-        if not (folder / file).is_file():
-            raise IntegrityError(f"{folder / file} is missing")
-        if file_sha256(folder / file) != digest:
-            raise IntegrityError(f"{folder / file} is not the file that was saved: its SHA-256 differs")
+    check_files(folder, config)
     fused.add_bridge(name, bridge_config(config["bridge"]))
     state, own = load_file(folder / WEIGHTS), fused.fusion.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         raise IntegrityError(f"{folder / WEIGHTS}: does not fit these experts and this base LLM")
     fused.fusion.load_state_dict(state)
     fused.bridge.load_extra(fused.base, name, folder)
+
+
+def check_files(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise IntegrityError for a file of the bridge that is missing or is not the one that was saved."""
+    for file, digest in config["sha256"].items():
+        if not (folder / file).is_file():
+            raise IntegrityError(f"{folder / file} is missing: copy it back, or fuse again")
+        if file_sha256(folder / file) != digest:
+            raise IntegrityError(f"{folder / file} is not the file that was saved: its SHA-256 differs")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -206,7 +212,8 @@ def _expert(
     try:
         return load_expert(folder / "experts" / name, config, given=(given or {}).get(name), allow_pickle=allow_pickle)
     except InputError as error:
-        raise InputError(f"expert {name!r}: {error}") from None
+        hint = "" if name in (given or {}) else f"; in Python: FusedModel.from_pretrained(…, given={{{name!r}: …}})"
+        raise InputError(f"expert {name!r}: {error}{hint}") from None
 
 
 def _digest(config: Mapping[str, Any]) -> str:

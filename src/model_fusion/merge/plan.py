@@ -5,24 +5,20 @@ Every problem is collected, so that a user sees all of them at once and before a
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
 
-from model_fusion.architecture.roles import (
-    before_layers,
-    main_stack,
-    role_of,
-    stacked_config,
-    tied,
-    with_layer,
-)
+from model_fusion.architecture.align import backbone, family, multimodal
+from model_fusion.architecture.roles import tied
+from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
-from model_fusion.checkpoint.vocabulary import vocabulary
 from model_fusion.errors import InputError
-from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Parameters, SliceSource, nearest
+from model_fusion.merge.layout import Item, Layout
+from model_fusion.merge.prepare import Prepared
+from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource, nearest
 from model_fusion.recipe.parameters import evaluate, filters_of
 
 # mergekit options that change its memory use, not the result
@@ -47,7 +43,7 @@ class Method(Protocol):
     @property
     def max_models(self) -> int | None: ...
     @property
-    def run(self) -> Any: ...
+    def stream(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,8 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What `engine` executes. `template` is the model whose config and tokenizer the output gets."""
+    """What `engine` executes. `template` is the model whose config the output gets, `files` its small files; `stages`
+    are the named merges to make first, in order."""
 
     recipe: MergeRecipe
     method: Method
@@ -80,65 +77,62 @@ class MergePlan:
     template: str
     outputs: list[Output]
     config: dict[str, Any]
+    files: dict[str, bytes]
+    stages: dict[str, "MergePlan"] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some models and the parameter levels that apply to each, most specific first."""
-
-    sources: Sequence[ModelEntry | SliceSource]
-    levels: Sequence[Parameters]
+def defaults(method: Method) -> dict[str, Any]:
+    """Parameter → the value it has where a recipe is silent, as recipes spell it."""
+    kinds = [kind for kind in (method.params, method.model_params) if kind is not None]
+    every = [own for kind in kinds for own in fields(kind) if own.default is not MISSING]
+    return {own.name.removesuffix("_"): own.default for own in every}
 
 
 def check_parameters(recipe: MergeRecipe, method: Method) -> None:
     """Names of parameters against the method's own, before any model is looked for."""
     own = [*_names(method.params), *_names(method.model_params)]
     valid = {*(name.removesuffix("_") for name in own), *_WITHOUT_EFFECT}
-    parts = [recipe, *(recipe.models or []), *(recipe.slices or [])]
-    parts += [source for part in recipe.slices or [] for source in part.sources]
-    for part in parts:
+    for part in recipe.parts():
         for name in part.parameters:
             if name not in valid:
                 raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
 
 
-def build(recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint]) -> MergePlan:
+def build(recipe: MergeRecipe, method: Method, ready: Prepared) -> MergePlan:
     """The plan, or one `InputError` that lists every problem."""
-    names = recipe.model_names()
-    template = recipe.base_model or names[0]
-    planner = _Planner(recipe, method, checkpoints, template)
+    planner = _Planner(recipe, method, ready)
     planner.run()
     if planner.problems:
         shown = planner.problems[:50]
         more = len(planner.problems) - len(shown)
         lines = "; ".join(shown) + (f"; and {more} more" if more else "")
         raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
-    return MergePlan(recipe, method, checkpoints, template, planner.outputs, planner.config())
+    config = planner.config()
+    return MergePlan(recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files)
 
 
 class _Planner:
-    def __init__(self, recipe: MergeRecipe, method: Method, checkpoints: dict[str, Checkpoint], template: str) -> None:
-        self.recipe, self.method, self.checkpoints, self.name = recipe, method, checkpoints, template
-        self.template = checkpoints[template]
-        self.problems: list[str] = []
+    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared) -> None:
+        self.recipe, self.method = recipe, method
+        self.checkpoints, self.name = ready.checkpoints, ready.template
+        self.template = self.checkpoints[self.name]
+        self.first_config = ready.config
+        self.problems: list[str] = list(ready.problems)
         self.outputs: list[Output] = []
-        self.stack = main_stack(self.template.names)
-        self.order: list[int] = []
         self.heads = self._heads()
+        once = method.max_models == 1
+        self.layout = Layout(recipe, self.checkpoints, self.name, self.heads, once)
+        self.problems += self.layout.problems
+        # a text model has no tower: what lies outside the backbone may be one model's alone
+        outside = multimodal(self.template.config)
+        self.shared = set(backbone(self.template.names)) if outside else set(self.template.names)
 
     def run(self) -> None:
         self._check_models()
-        self._check_vocabularies()
-        if self.recipe.slices is None:
-            block = _Block(self.recipe.models or [], [self.recipe.parameters])
-            length = self.stack[1] if self.stack else 0
-            self.order = list(range(length))
-            for name in self.template.names:
-                if name not in self.heads:
-                    self._add(name, name, block, [0] * len(block.sources), self._position(name, length))
+        for item in self.layout.items:
+            self._add(item)
+        if self.layout.picks is None:
             self._check_extra()
-        else:
-            self._slices()
         self._check_filters()
         if not self.outputs and not self.problems:
             self.problems.append(f"{self.name} holds no tensors to merge")
@@ -150,32 +144,28 @@ class _Planner:
         for group in tied(self.template.config, dict.fromkeys(every)):
             for head in group[1:]:
                 holders = [c for c in self.checkpoints.values() if head in c and group[0] in c]
-                if all(
-                    c.spec(head).shape == c.spec(group[0]).shape and torch.equal(c.read(head), c.read(group[0]))
-                    for c in holders
-                ):
+                if all(c.same(head, group[0]) for c in holders):
                     found[head] = group[0]
         return found
-
-    def _position(self, name: str, length: int) -> float:
-        layer = role_of(name).layer
-        if layer is not None:
-            return layer / max(length - 1, 1)
-        return 0.0 if before_layers(name) else 1.0
 
     def _check_models(self) -> None:
         method, recipe = self.method, self.recipe
         if method.needs_base == "required" and recipe.base_model is None:
             self.problems.append(f"{method.name} needs base_model")
-        groups: list[Sequence[ModelEntry | SliceSource]] = [part.sources for part in recipe.slices or []]
-        for group in groups or [recipe.models or []]:
+        owners: list[MergeRecipe | Module] = [recipe, *(recipe.modules or {}).values()]
+        groups: list[Sequence[ModelEntry | SliceSource]] = [o.models for o in owners if o.models]
+        groups += [part.sources for owner in owners for part in owner.slices or []]
+        for group in groups:
             count = len(self._models(group))
             if count < method.min_models or (method.max_models is not None and count > method.max_models):
                 upper = "or more" if method.max_models is None else f"to {method.max_models}"
                 self.problems.append(
                     f"{method.name} takes {method.min_models} {upper} models, the recipe gives {count}"
                 )
-        kinds = {c.config.get("model_type") for c in self.checkpoints.values()} - {None}
+        configs = [c.config for c in self.checkpoints.values()]
+        kinds = {config.get("model_type") for config in configs} - {None}
+        if any(map(multimodal, configs)):
+            kinds = {family(config) for config in configs} - {None}
         if len(kinds) > 1:
             self.problems.append(f"models of different architectures: {', '.join(sorted(map(str, kinds)))}")
 
@@ -190,75 +180,25 @@ class _Planner:
         kind = self.method.needs_base
         return kind == "required" or (kind == "optional" and self.method.sees != "elementwise")
 
-    def _check_vocabularies(self) -> None:
-        wanted = self.recipe.tokenizer_source
-        if wanted not in (None, "base", "union", *self.checkpoints):
-            self.problems.append(f"tokenizer_source {wanted!r} is none of base, union or a model of the recipe")
-        template = self.recipe.chat_template
-        if template not in (None, "auto") and "{" not in template:
-            self.problems.append(f"chat_template {template!r} is neither auto nor a Jinja text")
-        own = vocabulary(self.template.folder)
-        for name, checkpoint in self.checkpoints.items():
-            other = vocabulary(checkpoint.folder)
-            if own is not None and other is not None and own != other:
-                odd = next(iter(sorted(set(own.items()) ^ set(other.items()))))
-                self.problems.append(f"{name}: its vocabulary differs from {self.name}'s (at token {odd[0]!r})")
-
-    def _slices(self) -> None:
-        parts = self.recipe.slices or []
-        if self.stack is None:
-            self.problems.append(f"{self.name} has no layers to slice")
+    def _add(self, item: Item) -> None:
+        block, base = item.block, self.recipe.base_model
+        if block is None:
+            self._copy(item)
             return
-        stack, length = self.stack
-        layered: dict[int, list[str]] = {}
-        outside: list[str] = []
-        for name in self.template.names:
-            role = role_of(name)
-            if role.stack == stack and role.layer is not None:
-                layered.setdefault(role.layer, []).append(name)
-            elif name not in self.heads:
-                outside.append(name)
-        all_sources = [source for part in parts for source in part.sources]
-        once = self.method.max_models == 1
-        first = parts[0].sources if once else list({s.model: s for s in reversed(all_sources)}.values())[::-1]
-        last = parts[-1].sources if once else list({s.model: s for s in all_sources}.values())
-        for name in outside:
-            early = before_layers(name)
-            levels = [parts[0 if early else -1].parameters, self.recipe.parameters]
-            block = _Block(first if early else last, levels)
-            self._add(name, name, block, [0] * len(block.sources), 0.0 if early else 1.0)
-        for part in parts:
-            starts = [source.layer_range[0] for source in part.sources]
-            count = part.sources[0].layer_range[1] - starts[0]
-            for source in part.sources:
-                found = main_stack(self.checkpoints[source.model].names)
-                if found is None or source.layer_range[1] > found[1]:
-                    have = found[1] if found else 0
-                    self.problems.append(f"layer_range {list(source.layer_range)}: {source.model} has {have} layers")
-            block = _Block(part.sources, [part.parameters, self.recipe.parameters])
-            for i in range(count):
-                if any(start + i >= length for start in starts):
-                    text = f"slices reach layer {max(starts) + count - 1}, {self.name} has {length} layers"
-                    self.problems.append(text)
-                    break
-                new = len(self.order)
-                self.order.append(starts[0] + i)
-                for name in layered.get(starts[0] + i, []):
-                    self._add(with_layer(name, new), name, block, [s + i for s in starts], i / max(count - 1, 1))
-
-    def _add(self, out: str, name: str, block: _Block, layers: Sequence[int], position: float) -> None:
-        sliced = self.recipe.slices is not None and role_of(name).stack == (self.stack or ("",))[0]
         chosen = self._models(block.sources)
-        base = self.recipe.base_model
-        names = [with_layer(name, layer) if sliced else name for layer in layers]
-        inputs = [Input(block.sources[i].model, names[i]) for i in chosen]
+        inputs = [Input(block.sources[i].model, item.names[i]) for i in chosen]
         base_input = None
         if base is not None and self._apart():
             place = next((i for i, source in enumerate(block.sources) if source.model == base), 0)
-            base_input = Input(base, names[place])
-        spec = self._spec(out, [*inputs, *([base_input] if base_input else [])], name)
+            base_input = Input(base, item.names[place])
+        every = [*inputs, *([base_input] if base_input else [])]
+        if item.name not in self.shared and any(i.tensor not in self.checkpoints[i.model] for i in every):
+            self._copy(item)
+            return
+        spec = self._spec(item.out, every, item.name)
         if spec is None:
             return
+        name, position = item.name, item.position
         copied = not spec.dtype.is_floating_point
         params, each = None, []
         if not copied:
@@ -268,8 +208,15 @@ class _Planner:
                 each.append(self._values(self.method.model_params, levels, name, position))
         self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied))
 
+    def _copy(self, item: Item) -> None:
+        """The template's tensor as it is: no arithmetic, no change of dtype."""
+        own = self.template.spec(item.name)
+        spec = TensorSpec(item.out, own.dtype, own.shape)
+        self.outputs.append(Output(spec, (Input(self.name, item.name),), None, (), None, copied=True))
+
     def _spec(self, out: str, inputs: Sequence[Input], name: str) -> TensorSpec | None:
-        own = self.template.spec(name)
+        holder = self.template if name in self.template else self.checkpoints[inputs[0].model]
+        own = holder.spec(name)
         dtypes = set()
         before = len(self.problems)
         for item in inputs:
@@ -322,17 +269,15 @@ class _Planner:
 
     def _check_filters(self) -> None:
         recipe = self.recipe
-        parts = [recipe, *(recipe.models or []), *(recipe.slices or [])]
-        parts += [source for part in recipe.slices or [] for source in part.sources]
-        for text in {t for part in parts for value in part.parameters.values() for t in filters_of(value)}:
+        for text in {t for part in recipe.parts() for value in part.parameters.values() for t in filters_of(value)}:
             if not any(text in name for name in self.template.names):
                 self.problems.append(f"filter {text!r} matches no tensor of {self.name}")
 
     def config(self) -> dict[str, Any]:
         """The template's config with the true dtype and layer count."""
-        config = copy.deepcopy(self.template.config)
-        if self.stack is not None:
-            config = stacked_config(config, self.order, self.stack[1])
+        config = copy.deepcopy(self.first_config)
+        if self.layout.picks is not None:
+            config = stacked_config(config, [(self.checkpoints[m].config, n) for m, n in self.layout.picks])
         counts: dict[torch.dtype, int] = {}
         for output in self.outputs:
             if not output.copied:
@@ -347,4 +292,4 @@ class _Planner:
 
 
 def _names(kind: Any) -> list[str]:
-    return [field.name for field in fields(kind)] if kind is not None else []
+    return [own.name for own in fields(kind)] if kind is not None else []

@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_fusion.errors import InputError
+from model_fusion.recipe.documents import in_order, joined
 from model_fusion.recipe.parameters import check_value
+from model_fusion.recipe.tokenizer import ModelToken, TokenEmbedding, TokenizerSpec, Zero
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Parameters = dict[str, Any]
@@ -67,35 +69,68 @@ class Slice(_Part):
         return self
 
 
+class Module(_Part):
+    """One part of a model (its text decoder, its vision tower …), merged by models or slices of its own."""
+
+    models: list[ModelEntry] | None = Field(default=None, min_length=1)
+    slices: list[Slice] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Module":
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("give either `models` or `slices` (one of them, not both)")
+        return self
+
+
 class MergeRecipe(_Part):
     """A merge: the method, its models (or slices of them), and parameters at every level.
 
-    `seed` (ours) keys the random methods; it is recorded in the lineage.
+    `seed` (ours) keys the random methods; it is recorded in the lineage. `merges` are made first; models call them
+    by name (a file of several documents becomes this).
     """
 
     merge_method: str
     models: list[ModelEntry] | None = None
     slices: list[Slice] | None = None
+    modules: dict[str, Module] | None = None
     base_model: str | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
+    tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
     name: str | None = None
     seed: int = 0
+    merges: dict[str, "MergeRecipe"] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_form(self) -> "MergeRecipe":
-        if (self.models is None) == (self.slices is None):
-            raise ValueError("give either `models` or `slices` (one of them, not both)")
-        if not (self.models or self.slices):
+        if sum(form is not None for form in (self.models, self.slices, self.modules)) != 1:
+            raise ValueError("give either `models` or `slices` (one of them, not both), or `modules`")
+        if not (self.models or self.slices or self.modules):
             raise ValueError("the recipe names no models")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("give either `tokenizer` or `tokenizer_source` (one of them, not both)")
         return self
+
+    def tokenizer_spec(self) -> TokenizerSpec | None:
+        """What the recipe says of the output's tokenizer, in whichever way."""
+        return TokenizerSpec(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+
+    def parts(self) -> list[_Part]:
+        """Every part that can hold parameters: itself, modules, models, slices and their sources."""
+        owners: list[MergeRecipe | Module] = [self, *(self.modules or {}).values()]
+        slices = [part for owner in owners for part in owner.slices or []]
+        models = [entry for owner in owners for entry in owner.models or []]
+        return [*owners, *models, *slices, *(source for part in slices for source in part.sources)]
+
+    def order(self) -> list[str]:
+        """Names of `merges`, each after those it uses."""
+        return in_order({name: inner.model_names() for name, inner in self.merges.items()}, self.model_names())
 
     def model_names(self) -> list[str]:
         """Every model's text in order of appearance, the base last if it appears nowhere else."""
-        found = [entry.model for entry in self.models or []]
-        found += [source.model for part in self.slices or [] for source in part.sources]
+        found = [part.model for part in self.parts() if isinstance(part, ModelEntry | SliceSource)]
         if self.base_model:
             found.append(self.base_model)
         return list(dict.fromkeys(found))
@@ -120,29 +155,71 @@ def load(path: Path) -> MergeRecipe:
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place else ""
         raise InputError(f"{path}{line}: not valid YAML") from error
-    if len(documents) != 1:
-        raise InputError(f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file")
-    return parse(documents[0], str(path))
+    return parse(joined([d for d in documents if d is not None] or [None], str(path)), str(path))
 
 
 def parse(data: Any, where: str = "recipe") -> MergeRecipe:
     """A recipe from plain data."""
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected keys such as merge_method and models")
+    named = data.get("merges")
+    for name, inner in (named if isinstance(named, dict) else {}).items():
+        place = f"{where}: merge {str(name)!r}"
+        if isinstance(inner, dict) and inner.get("merges"):
+            raise InputError(f"{place}: named merges stand beside each other, not inside one another")
+        _check_document(inner, place)
+    _check_document(data, where)
+    try:
+        recipe = MergeRecipe.model_validate(data)
+    except ValidationError as error:
+        # of a choice of forms, the one whose own rule failed says more than those that did not fit at all
+        first = min(error.errors(), key=lambda found: found["type"] != "value_error")
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+    recipe.order()
+    return recipe
+
+
+def _check_document(data: Any, where: str) -> None:
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected keys such as merge_method and models")
     _check_keys(data, MergeRecipe, where)
+    _check_models(data, where)
+    modules = data.get("modules")
+    for key, part in (modules if isinstance(modules, dict) else {}).items():
+        if isinstance(part, dict):
+            _check_keys(part, Module, f"{where}: modules.{key}")
+            _check_models(part, f"{where}: modules.{key}")
+    _check_tokenizer(data.get("tokenizer"), where)
+
+
+def _check_models(data: dict[str, Any], where: str) -> None:
     for i, entry in enumerate(_items(data.get("models"))):
         _check_keys(entry, ModelEntry, f"{where}: models[{i}]")
     for i, part in enumerate(_items(data.get("slices"))):
         _check_keys(part, Slice, f"{where}: slices[{i}]")
         for j, source in enumerate(_items(part.get("sources"))):
             _check_keys(source, SliceSource, f"{where}: slices[{i}].sources[{j}]")
-    try:
-        return MergeRecipe.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+
+
+def _check_tokenizer(data: Any, where: str) -> None:
+    if not isinstance(data, dict):
+        return
+    _check_keys(data, TokenizerSpec, f"{where}: tokenizer")
+    tokens = data.get("tokens")
+    for token, entry in (tokens if isinstance(tokens, dict) else {}).items():
+        place = f"{where}: tokenizer.tokens[{token!r}]"
+        if not isinstance(entry, dict):
+            raise InputError(f"{place}: expected a source (a model, kind: zero or kind: model_token)")
+        _check_keys(entry, TokenEmbedding, place)
+        source = entry.get("source")
+        if isinstance(source, dict):
+            kinds: dict[str, type[BaseModel]] = {"zero": Zero, "model_token": ModelToken}
+            kind = str(source.get("kind"))
+            if kind not in kinds:
+                raise InputError(f"{place}: unknown kind {kind!r}; {nearest(kind, kinds)}")
+            _check_keys(source, kinds[kind], place)
 
 
 def _items(value: Any) -> list[dict[str, Any]]:

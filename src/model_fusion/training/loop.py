@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,16 +20,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from model_fusion.errors import InputError, IntegrityError
+from model_fusion.training.interrupt import interrupt_after_step
 from model_fusion.training.progress import Progress
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast. `patience`: validations without improvement before stopping early; 0 never stops.
-    `target`: stop when the validation score (a share, higher is better) and loss reach (score, loss) at `hold`
-    validations in a row: one alone can be luck where few rows validate."""
+    """How long and how fast.
 
-    steps: int = 200
+    `steps` 0: as many as `epochs` passes over the examples take, at least 40. `patience`: validations without
+    improvement before stopping early; 0 never stops. `target`: stop when the validation score (a share, higher is
+    better) and loss reach (score, loss) at `hold` validations in a row: one alone can be luck where few rows
+    validate.
+    """
+
+    steps: int = 0
+    epochs: float = 2.0
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
@@ -42,11 +49,17 @@ class TrainSettings:
     save_every_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every", "hold"):
+        for name in ("batch_size", "validate_every", "hold"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0 or not self.epochs > 0:
+            raise InputError(f"steps must not be negative and epochs above 0, got {self.steps} and {self.epochs}")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+    def steps_for(self, examples: int) -> int:
+        """How many steps a run over `examples` examples takes at most."""
+        return self.steps or max(40, math.ceil(self.epochs * examples / self.batch_size))
 
 
 @dataclass
@@ -79,18 +92,21 @@ def train(
     settings: TrainSettings,
     *,
     resume: Path | None = None,
+    keep: bool = False,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
     """Minimise `step(indices)` over `parameters`; keep those of the best validation (score, then loss).
 
     step: module from int64 indices [b] of examples to a scalar loss. resume: a file where the state is kept
-    while running and from which an interrupted run goes on; it is removed when training completes.
+    while running and from which an interrupted run goes on; it is removed when training completes, unless `keep`
+    leaves the complete state there for a caller that has yet to save the result. Ctrl-C saves it first.
     fingerprint: what must be equal for a resumed state to fit (settings and data). Raises InputError on a loss
     that is not finite, IntegrityError when `resume` belongs to another run.
     """
     from accelerate import Accelerator
 
+    settings = replace(settings, steps=settings.steps_for(examples))
     accelerator = Accelerator(cpu=all(p.device.type == "cpu" for p in parameters))
     generator = torch.Generator().manual_seed(settings.seed)
     indices = cast(Dataset[int], range(examples))
@@ -100,7 +116,10 @@ def train(
     state = _State(parameters, optimizer, resume if accelerator.is_main_process else None, fingerprint)
     history, best, since = state.load(resume)
     done, clock, saved = len(history.losses), time.monotonic() - history.seconds, time.monotonic()
-    with Progress(settings.steps, done, show=progress and accelerator.is_local_main_process) as bar:
+    with (
+        interrupt_after_step(resume is not None) as interrupted,
+        Progress(settings.steps, done, show=progress and accelerator.is_local_main_process) as bar,
+    ):
         batches = _endless(order, skip=done)
         while done < settings.steps and not history.stopped:
             _schedule(optimizer, done, settings)
@@ -128,9 +147,15 @@ def train(
             if resume and time.monotonic() - saved > settings.save_every_seconds:
                 state.save(history, best, since)
                 saved = time.monotonic()
+            if interrupted():
+                state.save(history, best, since)
+                raise KeyboardInterrupt
+    if keep:
+        state.save(history, best, since)
+    else:
+        state.forget()
     if best is not None:
         state.restore(best[1])
-    state.forget()
     return history
 
 
@@ -195,7 +220,9 @@ class _State:
         handle, name = tempfile.mkstemp(dir=self.file.parent, prefix=".resume-")
         os.close(handle)
         try:
-            torch.save(data, name)
+            buffer = io.BytesIO()  # torch's own writer would tell of a full disk as a RuntimeError
+            torch.save(data, buffer)
+            Path(name).write_bytes(buffer.getbuffer())
             os.replace(name, self.file)
         finally:
             Path(name).unlink(missing_ok=True)

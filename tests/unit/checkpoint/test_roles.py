@@ -2,7 +2,8 @@
 
 import pytest
 
-from model_fusion.architecture.roles import main_stack, role_of, stacked_config, tied, with_layer
+from model_fusion.architecture.roles import main_stack, role_of, tied, with_layer
+from model_fusion.architecture.stacking import stacked_config
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,6 @@ def test_ties_follow_the_config() -> None:
 
 def test_stacked_config_reslices_lists_and_renumbers_layers() -> None:
     config = {"text_config": {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "mlp_only_layers": [1]}}
-    text = stacked_config(config, [0, 1, 1, 2], 3)["text_config"]
+    text = stacked_config(config, [(config, i) for i in (0, 1, 1, 2)])["text_config"]
     assert text == {"num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c"], "mlp_only_layers": [1, 2]}
     assert config["text_config"]["num_hidden_layers"] == 3

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class CrossAttention(BridgeConfig):
     """Attention with `heads` heads of size `head_dim` over `tokens` expert tokens, after decoder layers `layers`."""
 
     kind: ClassVar[str] = "cross_attention"
+    training: ClassVar[Mapping[str, Any]] = {"batch_size": 16, "learning_rate": 2e-3, "target": (1.0, 0.01)}
     layers: tuple[int, ...] = (-5,)
     tokens: int = 4
     width: int = 256

@@ -21,7 +21,7 @@ class Gated(BridgeConfig):
     """Gates after decoder layers `layers` (negative: from the end), through one hidden layer of `width` units."""
 
     kind: ClassVar[str] = "gated"
-    training: ClassVar[Mapping[str, Any]] = {"steps": 120, "batch_size": 16, "target": (1.0, 0.01)}
+    training: ClassVar[Mapping[str, Any]] = {"batch_size": 16, "learning_rate": 2e-3, "target": (1.0, 0.01)}
     layers: tuple[int, ...] = (-5,)
     width: int = 256
     gate_bias: float = -3.0

@@ -24,7 +24,7 @@ class Lora(BridgeConfig):
     (empty: the query and value projections, or the joint one where they are stored as one)."""
 
     kind: ClassVar[str] = "lora"
-    training: ClassVar[Mapping[str, Any]] = {"steps": 120, "batch_size": 16, "target": (1.0, 0.01)}
+    training: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "learning_rate": 5e-3, "target": (1.0, 0.02)}
     tokens: int = 4
     width: int = 256
     rank: int = 8

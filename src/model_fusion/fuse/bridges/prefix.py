@@ -17,7 +17,7 @@ class Prefix(BridgeConfig):
     """`tokens` soft tokens an occurrence, through one hidden layer of `width` units."""
 
     kind: ClassVar[str] = "prefix"
-    training: ClassVar[Mapping[str, Any]] = {"steps": 120, "batch_size": 16, "target": (1.0, 0.01)}
+    training: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "learning_rate": 5e-3, "target": (1.0, 0.01)}
     tokens: int = 4
     width: int = 256
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -19,8 +19,10 @@ from torch import Tensor
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.selection import Cut
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements per chunk: a few float32 buffers of it fit in a core's second-level cache."""
+SPAN = 1 << 20
+"""Elements that `stream` hands over at once: enough to write, few enough to stay in the third-level cache."""
 
 
 class Sees(StrEnum):
@@ -120,26 +122,67 @@ class Method:
 
         **Raises** InputError where number, base, shapes or weights do not fit.
         """
+        fill = self._prepared(models, base, model_params, params, key, chunk_size)
+        out = torch.empty(models[0].shape, dtype=torch.float32, device=models[0].device)
+        fill(out.view(-1), 0)
+        return out
+
+    def stream(
+        self,
+        models: Sequence[Tensor],
+        base: Tensor | None = None,
+        model_params: Sequence[Any] | None = None,
+        params: Any = None,
+        key: Key | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Tensor]:
+        """As `run`, rounded to `dtype`, in flat parts of up to SPAN elements; each overwrites the one before."""
+        fill = self._prepared(models, base, model_params, params, key, CHUNK)
+        numel = models[0].numel()
+        buffer = torch.empty(min(SPAN, numel), dtype=dtype, device=models[0].device)
+        for start in range(0, numel, SPAN):
+            part = buffer[: min(SPAN, numel - start)]
+            fill(part, start)
+            yield part
+
+    def _prepared(
+        self,
+        models: Sequence[Tensor],
+        base: Tensor | None,
+        model_params: Sequence[Any] | None,
+        params: Any,
+        key: Key | None,
+        chunk_size: int,
+    ) -> Callable[[Tensor, int], None]:
+        """After checks and statistics: a function that fills a flat slice of the result from its start."""
         params = self.params() if params is None else params
-        model_params = [self.model_params() for _ in models] if model_params is None else model_params
-        key = key or Key()
-        self.check(models, base, model_params)
-        shape = models[0].shape
+        each = [self.model_params() for _ in models] if model_params is None else model_params
+        known = key or Key()
+        self.check(models, base, each)
         if models[0].numel() == 0:
-            return torch.empty(shape, dtype=torch.float32, device=models[0].device)
+            return lambda out, first: None
         if self.whole is not None:
-            floats = [m.float() for m in models]
-            return self.whole(floats, None if base is None else base.float(), model_params, params, key).view(shape)
+            wide = [m.float() for m in models]
+            result = self.whole(wide, None if base is None else base.float(), each, params, known).reshape(-1)
+
+            def copy(out: Tensor, first: int) -> None:
+                out.copy_(result[first : first + out.numel()])
+
+            return copy
         assert self.chunk is not None
-        state = None if self.statistics is None else self.statistics(models, base, model_params, params, key)
+        chunk = self.chunk
+        state = None if self.statistics is None else self.statistics(models, base, each, params, known)
         flat = [m.reshape(-1) for m in models]
         flat_base = None if base is None else base.reshape(-1)
-        out = torch.empty(flat[0].numel(), dtype=torch.float32, device=flat[0].device)
-        for start in range(0, out.numel(), chunk_size):
-            part = slice(start, start + chunk_size)
-            chunk_base = None if flat_base is None else flat_base[part]
-            out[part] = self.chunk([m[part] for m in flat], chunk_base, model_params, params, key, state, start)
-        return out.view(shape)
+
+        def fill(out: Tensor, first: int) -> None:
+            for start in range(0, out.numel(), chunk_size):
+                into = out[start : start + chunk_size]
+                part = slice(first + start, first + start + into.numel())
+                chunk_base = None if flat_base is None else flat_base[part]
+                into.copy_(chunk([m[part] for m in flat], chunk_base, each, params, known, state, part.start))
+
+        return fill
 
 
 _METHODS: dict[str, Method] = {}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, Sees, register
-from model_fusion.merge.methods.blocks import delta, parts, total
-from model_fusion.merge.methods.random_masks import dropped
+from model_fusion.merge.methods.blocks import BLOCK, delta, total
+from model_fusion.merge.methods.random_masks import apply_mask_, kept
 from model_fusion.merge.methods.task_arithmetic import add_elected, add_weighted
 from model_fusion.merge.methods.ties import Trimmed
 
@@ -51,69 +52,81 @@ def l1_ratio(before: float, after: float) -> float:
     return before / after if after > 0 else 1.0
 
 
-def _drop_(task: Tensor, density: float, key: Key, model: int, start: int) -> Tensor:
-    if key.masks is not None:
-        mask = key.masks[model].reshape(-1)[start : start + task.numel()]
-        return task.masked_fill_(~mask.bool(), 0.0)
-    if density >= 1.0:
-        return task
-    if density <= 0.0:
-        return task.zero_()
-    mask = dropped(density, key.seed, key.name, model, start, task.numel())
-    return task.masked_fill_(mask.to(task.device), 0.0)
+Masks = list[tuple[Tensor | None, float]]
+"""Each model's flat int8 mask (−1 kept, 0 dropped; None: everything kept) and rescaling factor."""
 
 
-def _factors(
+def draw_masks(
     models: Sequence[Tensor],
     base: Tensor | None,
     model_params: Sequence[Trimmed],
     params: DareParams,
     key: Key,
-) -> list[float]:
-    """Each model's rescaling factor."""
-    if params.mode == "none":
-        return [1.0] * len(models)
-    if params.mode == "1/d":
-        return [1.0 / p.density if p.density > 0 else 1.0 for p in model_params]
+    *,
+    draw: Callable[[Tensor, Any, Key, int, int], Tensor],
+) -> Masks:
+    """Every model's mask and factor. `draw(|δ| [rows, columns], parameters, key, model, start) -> int8` makes the
+    mask of some whole rows, of which `start` is the first flat index.
+    """
     assert base is not None
+    columns = max(base.shape[-1], 1) if base.dim() else 1
+    step = max(1, BLOCK // columns) * columns
     flat_base = base.reshape(-1)
-    out = []
+    out: Masks = []
     for i, (model, p) in enumerate(zip(models, model_params, strict=True)):
         if p.density >= 1.0 and key.masks is None:
-            out.append(1.0)
+            out.append((None, 1.0))
             continue
-        before = after = 0.0
         flat = model.reshape(-1)
-        for part in parts(flat.numel()):
+        mask = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
+        if key.masks is not None:
+            mask.copy_(key.masks[i].reshape(-1).bool().to(torch.int8).neg_())
+        before = after = 0.0
+        for start in range(0, flat.numel(), step):
+            part = slice(start, start + step)
             size = delta(flat[part], flat_base[part]).abs_()
-            before += total(size)
-            after += total(_drop_(size, p.density, key, i, part.start))
-        out.append(l1_ratio(before, after))
+            if key.masks is None:
+                mask[part] = draw(size.view(-1, columns), p, key, i, start).view(-1)
+            if params.mode == "l1":
+                before += total(size)
+                after += total(apply_mask_(size, mask[part]))
+        factor = l1_ratio(before, after) if params.mode == "l1" else 1.0
+        if params.mode == "1/d" and p.density > 0:
+            factor = 1.0 / p.density
+        out.append((mask, factor))
     return out
 
 
-def _dare(
+def _bernoulli(size: Tensor, p: Trimmed, key: Key, model: int, start: int) -> Tensor:
+    return kept(p.density, key.seed, key.name, model, start, size.numel())
+
+
+def masked_merge(
     models: Sequence[Tensor],
     base: Tensor | None,
     model_params: Sequence[Trimmed],
     params: DareParams,
     key: Key,
-    state: list[float],
+    state: Masks,
     start: int,
     *,
     elect: bool,
+    method: str,
 ) -> Tensor:
+    """The masked and rescaled task vectors, added up as ties or as task arithmetic adds them."""
     assert base is not None
     wide = base.float()
     deltas = []
-    for i, (model, p) in enumerate(zip(models, model_params, strict=True)):
-        task = _drop_(delta(model, wide), p.density, key, i, start)
-        deltas.append(task if state[i] == 1.0 else task.mul_(state[i]))
+    for model, (mask, factor) in zip(models, state, strict=True):
+        task = delta(model, wide)
+        if mask is not None:
+            apply_mask_(task, mask[start : start + task.numel()])
+        deltas.append(task if factor == 1.0 else task.mul_(factor))
     weights = [p.weight for p in model_params]
     if elect:
         before = params.sign_before_weight
-        return add_elected(deltas, weights, wide, params.lambda_, params.normalize, before, "dare_ties")
-    return add_weighted(deltas, weights, wide, params.lambda_, params.normalize, "dare_linear")
+        return add_elected(deltas, weights, wide, params.lambda_, params.normalize, before, method)
+    return add_weighted(deltas, weights, wide, params.lambda_, params.normalize, method)
 
 
 for _name, _elect in (("dare_linear", False), ("dare_ties", True)):
@@ -124,7 +137,7 @@ for _name, _elect in (("dare_linear", False), ("dare_ties", True)):
             DareParams,
             Trimmed,
             "required",
-            statistics=_factors,
-            chunk=partial(_dare, elect=_elect),
+            statistics=partial(draw_masks, draw=_bernoulli),
+            chunk=partial(masked_merge, elect=_elect, method=_name),
         )
     )

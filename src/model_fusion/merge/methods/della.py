@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, Sees, register
-from model_fusion.merge.methods.blocks import BLOCK, delta, total
-from model_fusion.merge.methods.dare import DareParams, l1_ratio
-from model_fusion.merge.methods.random_masks import uniform_bits
-from model_fusion.merge.methods.task_arithmetic import add_elected, add_weighted
+from model_fusion.merge.methods.dare import DareParams, draw_masks, masked_merge
+from model_fusion.merge.methods.random_masks import as_mask, kept_below, uniform_bits
 from model_fusion.merge.methods.ties import Trimmed
+
+_SHIFT = 15
+"""Leaves a float32's exponent and its eight leading mantissa bits: all that a difference of bf16 needs."""
+_WIDTH = 1 << 11
+"""Buckets a row: eight powers of two below the largest magnitude."""
 
 
 @dataclass(frozen=True)
@@ -49,100 +52,80 @@ class DellaLinearParams(DareParams):
     """As dare's."""
 
 
-def _row_order(size: Tensor) -> Tensor:
-    """int64 [R, C]: columns of each row by rising magnitude, equal ones by lowest column.
+def keep_rows(size: Tensor, p: Ranked, key: Key, model: int, start: int) -> Tensor:
+    """int8 [R, C], −1 where an element survives, of rows of magnitudes; `start` is the first one's flat index.
 
-    Magnitude bits and column share one integer, so that an unstable (and fast) sort gives the stable order.
+    An element of rank r (0 for the smallest of a row, equal ones share their mean rank) survives where a
+    uniform u < (density − epsilon) + 2·epsilon·r/(C − 1).
     """
-    packed = size.view(torch.int32).to(torch.int64)
-    packed <<= 32
-    packed |= torch.arange(size.shape[1], device=size.device)
-    if size.device.type == "cpu":
-        packed.numpy().sort(axis=1)
-    else:
-        packed = packed.sort(dim=1).values
-    return packed.bitwise_and_(0xFFFFFFFF)
-
-
-def keep_rows(size: Tensor, density: float, epsilon: float, key: Key, model: int, start: int) -> Tensor:
-    """bool [R, C]: which elements of rows of magnitudes survive; `start` is the first one's flat index."""
     rows, columns = size.shape
-    if columns == 1:
-        probability = np.full(1, density)
-    else:
-        probability = (density - epsilon) + 2 * epsilon * np.arange(columns) / (columns - 1)
-    limit = np.clip(np.rint(probability * 2.0**32), 0, 2.0**32)
-    order = _row_order(size)
-    bits = torch.from_numpy(uniform_bits(key.seed, key.name, model, start, rows * columns).view(np.int32))
-    drawn = bits.view(rows, columns).to(size.device)
-    # signed arithmetic: shift both sides of "drawn < limit" by 2³¹ (a limit of 2³² keeps everything)
-    shifted = torch.from_numpy(np.minimum(limit, 2.0**32 - 1) - 2.0**31).to(torch.int32).to(size.device)
-    ranked = (drawn ^ -(2**31)).gather(1, order) < shifted
-    ranked |= torch.from_numpy(limit >= 2.0**32).to(size.device)
-    return torch.empty_like(ranked).scatter_(1, order, ranked)
+    drawn = uniform_bits(key.seed, key.name, model, start, size.numel())
+    if columns == 1 or p.epsilon == 0:
+        return kept_below(drawn, p.density).view(rows, columns)
+    # the rank above which an element survives
+    per_rank = 2.0 * p.epsilon / (columns - 1)
+    limit = drawn.astype(np.float32)
+    limit *= np.float32(2.0**-32 / per_rank)
+    limit -= np.float32((p.density - p.epsilon) / per_rank)
+    bits = size.view(torch.int32).cpu().numpy()
+    return as_mask(above_rank(bits, limit.reshape(rows, columns))).to(size.device)
 
 
-def _masks(
-    models: Sequence[Tensor],
-    base: Tensor | None,
-    model_params: Sequence[Ranked],
-    params: DareParams,
-    key: Key,
-) -> list[tuple[Tensor | None, float]]:
-    """Each model's flat keep mask (None: everything) and rescaling factor."""
-    assert base is not None
-    columns = max(base.shape[-1], 1) if base.dim() else 1
-    rows_base = base.reshape(-1, columns)
-    step = max(1, BLOCK // columns)
-    out: list[tuple[Tensor | None, float]] = []
-    for i, (model, p) in enumerate(zip(models, model_params, strict=True)):
-        if p.density >= 1.0 and key.masks is None:
-            out.append((None, 1.0))
-            continue
-        rows = model.reshape(-1, columns)
-        mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-        before = after = 0.0
-        for r in range(0, rows.shape[0], step):
-            size = delta(rows[r : r + step], rows_base[r : r + step]).abs_()
-            if key.masks is None:
-                keep = keep_rows(size, p.density, p.epsilon, key, i, r * columns)
-            else:
-                keep = key.masks[i].reshape(-1, columns)[r : r + step].bool()
-            mask[r : r + step] = keep
-            if params.mode == "l1":
-                before += total(size)
-                after += total(size.masked_fill_(~keep, 0.0))
-        factor = 1.0 if params.mode == "none" else l1_ratio(before, after)
-        if params.mode == "1/d":
-            factor = 1.0 / p.density if p.density > 0 else 1.0
-        out.append((mask.view(-1), factor))
-    return out
+def above_rank(bits: NDArray[np.int32], limit: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """bool [R, C]: whether each element's mean rank within its row is above its limit.
+
+    **Arguments**
+    bits: int32 [R, C], not negative. limit: float32 [R, C].
+
+    No row is sorted. A histogram of leading bits gives the ranks at which each element's bucket begins and ends.
+    That settles most elements; so it does in buckets of one value, which is what differences of 16-bit models
+    mostly make. Of the rest the buckets are sorted.
+    """
+    rows, columns = bits.shape
+    prefix = bits >> _SHIFT
+    bucket = prefix - np.int32(int(prefix.max()) - _WIDTH + 1)
+    np.maximum(bucket, 1, out=bucket)
+    # bucket 0 is for zeros, 1 for all that is too small, the others for one prefix each
+    np.minimum(bucket, bits, out=bucket)
+    prefix <<= _SHIFT
+    odd = prefix != bits
+    odd |= bucket == 1
+    bucket += np.arange(rows, dtype=np.int32)[:, None] * np.int32(_WIDTH)
+    flat, asked = bucket.reshape(-1), limit.reshape(-1)
+    sizes = torch.bincount(torch.from_numpy(flat), minlength=rows * _WIDTH).float()
+    ends = sizes.view(rows, _WIDTH).cumsum(1).view(-1).numpy()
+    # below 0 every element is above its limit, from C − 1 on none; as unsigned bits, negative floats are large
+    open_ = np.flatnonzero(asked.view(np.uint32) < np.float32(columns - 1).view(np.uint32))
+    place, asked = flat[open_], asked[open_]
+    end, size = ends[place], sizes.numpy()[place]
+    rank = end - 0.5 * (size + 1)
+    # undecided where the limit lies within a bucket that holds values beyond its usual one
+    unsure = np.flatnonzero((end - size <= asked) & (end - 1 > asked))
+    if unsure.size:
+        mixed = np.zeros(rows * _WIDTH, dtype=np.bool_)
+        mixed[np.compress(odd.reshape(-1), flat)] = True
+        unsure = unsure[mixed[place[unsure]]]
+    if unsure.size:
+        mixed[:] = False
+        mixed[place[unsure]] = True
+        start = end[unsure] - size[unsure]
+        rank[unsure] = start + _rank_inside(bits.reshape(-1), flat, mixed, open_[unsure])
+    keep = np.signbit(limit).reshape(-1)
+    keep[open_] = rank > asked
+    return keep.reshape(rows, columns)
 
 
-def _della(
-    models: Sequence[Tensor],
-    base: Tensor | None,
-    model_params: Sequence[Ranked],
-    params: DareParams,
-    key: Key,
-    state: list[tuple[Tensor | None, float]],
-    start: int,
-    *,
-    elect: bool,
-) -> Tensor:
-    assert base is not None
-    wide = base.float()
-    deltas = []
-    for model, (mask, factor) in zip(models, state, strict=True):
-        task = delta(model, wide)
-        if mask is not None:
-            task.masked_fill_(~mask[start : start + task.numel()], 0.0)
-        deltas.append(task if factor == 1.0 else task.mul_(factor))
-    weights = [p.weight for p in model_params]
-    if elect:
-        before = params.sign_before_weight
-        return add_elected(deltas, weights, wide, params.lambda_, params.normalize, before, "della")
-    return add_weighted(deltas, weights, wide, params.lambda_, params.normalize, "della_linear")
+def _rank_inside(
+    bits: NDArray[np.int32], bucket: NDArray[np.int32], wanted: NDArray[np.bool_], few: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """float64: mean ranks of the elements `few` inside their buckets, all of which are `wanted`."""
+    members = np.flatnonzero(np.take(wanted, bucket))
+    packed = (bucket[members].astype(np.int64) << 32) | bits[members]
+    packed.sort()
+    mine = (bucket[few].astype(np.int64) << 32) | bits[few]
+    start = np.searchsorted(packed, mine & ~np.int64(0xFFFFFFFF))
+    low, high = np.searchsorted(packed, mine), np.searchsorted(packed, mine, side="right")
+    return np.asarray((low + high - 1) * 0.5 - start)
 
 
 for _name, _params, _elect in (("della", DellaParams, True), ("della_linear", DellaLinearParams, False)):
@@ -153,7 +136,7 @@ for _name, _params, _elect in (("della", DellaParams, True), ("della_linear", De
             _params,
             Ranked,
             "required",
-            statistics=_masks,
-            chunk=partial(_della, elect=_elect),
+            statistics=partial(draw_masks, draw=keep_rows),
+            chunk=partial(masked_merge, elect=_elect, method=_name),
         )
     )

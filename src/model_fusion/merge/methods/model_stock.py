@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, register
-from model_fusion.merge.methods.blocks import delta, parts, total
+from model_fusion.merge.methods.blocks import delta, dot, parts, total
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _stock_ratio(
     for part in parts(flat_base.numel()):
         deltas = [delta(m[part], flat_base[part]) for m in flat]
         for p, (i, j) in enumerate(pairs):
-            dots[p] += total(deltas[i] * deltas[j])
+            dots[p] += dot(deltas[i], deltas[j])
         for i, task in enumerate(deltas):
             squares[i] += total(task.square_())
     cosines = []

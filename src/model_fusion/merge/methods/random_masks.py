@@ -47,9 +47,25 @@ def uniform_bits(seed: int, name: str, model: int, start: int, count: int) -> ND
     return out
 
 
-def dropped(density: float, seed: int, name: str, model: int, start: int, count: int) -> Tensor:
-    """bool [count]: True where an element is dropped, with probability 1 − density."""
+def kept(density: float, seed: int, name: str, model: int, start: int, count: int) -> Tensor:
+    """int8 [count]: −1 (all bits set) where an element is kept, with probability `density`, else 0."""
+    return kept_below(uniform_bits(seed, name, model, start, count), density)
+
+
+def kept_below(drawn: NDArray[np.uint32], density: float) -> Tensor:
+    """int8: −1 where a drawn value lies in the first `density` of the range, else 0."""
     if density >= 1.0:
-        return torch.zeros(count, dtype=torch.bool)
-    limit = np.uint32(min(round(density * 2.0**32), 2**32 - 1))
-    return torch.from_numpy(uniform_bits(seed, name, model, start, count) >= limit)
+        return torch.full((drawn.size,), -1, dtype=torch.int8)
+    return as_mask(drawn < np.uint32(min(round(density * 2.0**32), 2**32 - 1)))
+
+
+def as_mask(keep: NDArray[np.bool_]) -> Tensor:
+    """int8: −1 where `keep`, else 0; overwrites `keep`."""
+    ones = keep.view(np.int8)
+    return torch.from_numpy(np.negative(ones, out=ones))
+
+
+def apply_mask_(values: Tensor, mask: Tensor) -> Tensor:
+    """Zeroes, in place, the float32 values whose mask is 0: a bitwise and, several times as fast as a fill."""
+    values.view(torch.int32).bitwise_and_(mask.to(torch.int32))
+    return values

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, check_unit, register
 from model_fusion.merge.methods.blocks import BLOCK, delta, parts, sizes, total
-from model_fusion.merge.methods.selection import KEEP_ALL, Cut, cuts
+from model_fusion.merge.methods.selection import Cut, cuts
+from model_fusion.merge.methods.task_arithmetic import agreeing_, elected_sign, flip_
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class SceParams:
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
     """Population variance across models, element by element."""
     n = len(deltas)
+    if n == 2:
+        return (deltas[0] - deltas[1]).mul_(0.5).square_()
     mean = deltas[0].clone()
     for task in deltas[1:]:
         mean += task
@@ -37,9 +40,11 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
     return out.div_(n)
 
 
-def _outside(deltas: Sequence[Tensor], cut: Cut, start: int) -> Tensor:
-    """bool: where the variance is not selected."""
-    return cut.drop_small_(_variance(deltas), start) == 0
+def _selected(deltas: Sequence[Tensor], cut: Cut, start: int) -> Tensor:
+    """int32: −1 (all bits set) where the variance is selected, else 0."""
+    left = cut.drop_small_(_variance(deltas), start).view(torch.int32)
+    # a value above zero has a negated pattern below zero
+    return left.neg_().bitwise_right_shift_(31)
 
 
 def _select(
@@ -57,20 +62,19 @@ def _select(
     def deltas(part: slice) -> list[Tensor]:
         return [delta(m[part], flat_base[part]) for m in flat]
 
-    def variance(i: int) -> Tensor:
-        return _variance(deltas(slice(i * BLOCK, (i + 1) * BLOCK)))
+    def variance(i: int, step: int) -> Tensor:
+        return _variance(deltas(slice(i * BLOCK, (i + 1) * BLOCK, step)))
 
     cut: Cut | None = None
     if params.select_topk < 1.0:
-        nonzero = sum(int(torch.count_nonzero(variance(i))) for i in range(len(sizes(n))))
-        cut = cuts(variance, sizes(n), [int(nonzero * params.select_topk)])[0]
+        cut = cuts(variance, sizes(n), [float(params.select_topk)])[0]
     energy = [0.0] * len(models)
     for part in parts(n):
         tasks = deltas(part)
-        outside = None if cut is None or cut == KEEP_ALL else _outside(tasks, cut, part.start)
+        selected = None if cut is None else _selected(tasks, cut, part.start)
         for i, task in enumerate(tasks):
-            if outside is not None:
-                task.masked_fill_(outside, 0.0)
+            if selected is not None:
+                task.view(torch.int32).bitwise_and_(selected)
             energy[i] += total(task.square_())
     means = [e / n for e in energy]
     whole = sum(means)
@@ -94,19 +98,16 @@ def _sce(
     wide = base.float()
     tasks = [delta(m, wide) for m in models]
     if cut is not None:
-        outside = _outside(tasks, cut, start)
+        selected = _selected(tasks, cut, start)
         for task in tasks:
-            task.masked_fill_(outside, 0.0)
-    votes = tasks[0].clone()
-    for task in tasks[1:]:
-        votes += task
-    sign = torch.copysign(torch.ones((), device=votes.device), votes.add_(0.0))
-    merged, share = torch.zeros_like(votes), torch.zeros_like(votes)
+            task.view(torch.int32).bitwise_and_(selected)
+    sign = elected_sign(tasks)
+    merged, share = torch.zeros_like(wide), torch.zeros_like(wide)
     for task, weight in zip(tasks, weights, strict=True):
-        task.mul_(sign).clamp_min_(0.0)
+        agreeing_(task, sign)
         share += task.sign().mul_(weight)
         merged += task.mul_(weight)
-    return merged.div_(share.clamp_min_(1e-6)).mul_(sign).add_(wide)
+    return flip_(merged.div_(share.clamp_min_(1e-6)), sign).add_(wide)
 
 
 register(Method("sce", Sees.TWO_PASS, SceParams, NoParams, "required", statistics=_select, chunk=_sce))

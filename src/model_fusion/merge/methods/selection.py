@@ -1,23 +1,30 @@
 """The exact k largest magnitudes of a tensor without a sort, ties broken by the lowest flat index.
 
-A non-negative float32 orders like its bit pattern. One pass counts the leading 16 of its 31 bits, a
-second looks only inside the bucket that holds the k-th largest: the answer is exact. The values arrive
-in blocks, so they (differences of two models, say) need never exist as a whole.
+A non-negative float32 orders like its bit pattern. A sample guesses a narrow bracket of patterns around the
+k-th largest; one pass counts what lies above it and collects what lies inside (a few per cent); the k-th
+largest is then exact. A bad guess costs another pass, never a wrong answer. The values arrive in blocks, so
+they (differences of two models, say) need never exist as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_LOW = 15
-_BUCKETS = 1 << 16
+Blocks = Callable[[int, int], Tensor]
+"""(block number, step) → every step-th float32 value of the block; they may be overwritten."""
+Bits = NDArray[np.int32]
 
-Blocks = Callable[[int], Tensor]
-"""Block number → float32 values; they may be overwritten."""
+_SAMPLE = 1 << 14
+_SIGMAS = 3.5
+_LARGEST = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,16 @@ class Cut:
     threshold: float
     last: int
 
+    @cached_property
+    def _below(self) -> float:
+        """The float32 just below the threshold: magnitudes ≥ the threshold are those above it."""
+        return float(np.nextafter(np.float32(self.threshold), np.float32(0)))
+
     def drop_small_(self, values: Tensor, start: int) -> Tensor:
         """Zeroes, in place, what is not kept of flat float32 `values` that begin at flat index `start`."""
         split = min(max(self.last + 1 - start, 0), values.numel())
         if split and self.threshold > 0:
-            # Magnitudes ≥ t are those above the float just below t.
-            t = torch.tensor(self.threshold, dtype=torch.float32)
-            below = float(torch.nextafter(t, torch.tensor(0.0)))
-            _shrink_(values[:split], below)
+            _shrink_(values[:split], self._below)
         if split < values.numel():
             _shrink_(values[split:], self.threshold)
         return values
@@ -48,64 +57,104 @@ def _shrink_(values: Tensor, limit: float) -> None:
     torch.ops.aten.hardshrink.out(values, limit, out=values)
 
 
-def _bits(block: Tensor) -> Tensor:
-    return block.abs_().view(torch.int32)
+def _bits(values: Tensor) -> Bits:
+    return values.abs_().view(torch.int32).cpu().numpy()
 
 
-def cuts(blocks: Blocks, sizes: list[int], ks: list[int]) -> list[Cut]:
+@dataclass
+class _Search:
+    """The k-th largest pattern is believed to lie in [low, high]; what one pass found there."""
+
+    low: int
+    high: int
+    above: int = 0
+    inside: list[int] = field(default_factory=list)
+    found: list[Bits] = field(default_factory=list)
+
+    def look(self, bits: Bits) -> None:
+        """Count one block. A bracket of a single pattern needs no collecting."""
+        if self.high < _LARGEST:
+            self.above += int(np.count_nonzero(bits > self.high))
+        if self.low == self.high:
+            self.inside.append(int(np.count_nonzero(bits == self.low)))
+            return
+        offsets = (bits - np.int32(self.low)).view(np.uint32)
+        self.found.append(np.compress(offsets <= np.uint32(self.high - self.low), bits))
+        self.inside.append(self.found[-1].size)
+
+    def missed(self, k: int) -> _Search | None:
+        """Where to look next; None when the k-th largest is inside."""
+        if k <= self.above:
+            return _Search(self.high + 1, _LARGEST)
+        return _Search(0, self.low - 1) if k > self.above + sum(self.inside) else None
+
+
+def cuts(blocks: Blocks, sizes: list[int], ks: Sequence[int | float]) -> list[Cut]:
     """For each k the cut that keeps exactly the k largest magnitudes, ties by lowest flat index.
 
     **Arguments**
     blocks, sizes: the values, block by block, and the blocks' lengths.
-    ks: numbers to keep, from 0 to all.
+    ks: numbers to keep, from 0 to all; a float is a share of the non-zero values (rounded down).
 
     **Returns** one Cut a k, with flat indices counted over all blocks.
     """
     total = sum(sizes)
-    out: list[Cut | None] = [KEEP_NONE if k <= 0 else KEEP_ALL if k >= total else None for k in ks]
-    if all(cut is not None for cut in out):
-        return [cut for cut in out if cut is not None]
-    histogram = torch.zeros(_BUCKETS, dtype=torch.int64)
-    for i in range(len(sizes)):
-        histogram += torch.bincount(_bits(blocks(i)) >> _LOW, minlength=_BUCKETS).cpu()
-    # above[b]: how many values lie in buckets above b
-    above = histogram.flip(0).cumsum(0).flip(0) - histogram
-    wanted = {
-        k: int(torch.nonzero((above < k) & (above + histogram >= k))[0])
-        for k, c in zip(ks, out, strict=True)
-        if c is None
-    }
-    inside: dict[int, list[Tensor]] = {bucket: [] for bucket in wanted.values()}
-    for i in range(len(sizes)):
-        bits = _bits(blocks(i))
-        high = bits >> _LOW
-        for bucket, found in inside.items():
-            found.append((bits[high == bucket] & ((1 << _LOW) - 1)).to(torch.int16))
-    for position, k in enumerate(ks):
-        if out[position] is None:
-            bucket = wanted[k]
-            out[position] = _refine(blocks, sizes, inside[bucket], bucket, k - int(above[bucket]))
+    out = [None if isinstance(k, float) else KEEP_NONE if k <= 0 else KEEP_ALL if k >= total else None for k in ks]
+    open_ = [i for i, cut in enumerate(out) if cut is None]
+    if open_:
+        step = max(1, total // _SAMPLE) | 1  # odd: even steps would see few of a matrix's columns
+        sample = np.sort(np.concatenate([_bits(blocks(i, min(step, n))) for i, n in enumerate(sizes) if n]))[::-1]
+        searches = {i: _guess(sample, ks[i], total) for i in open_}
+        while searches:
+            nonzero = 0
+            for i in range(len(sizes)):
+                bits = _bits(blocks(i, 1))
+                for search in searches.values():
+                    search.look(bits)
+                if any(isinstance(ks[i], float) for i in searches):
+                    nonzero += int(np.count_nonzero(bits))
+            for i, search in list(searches.items()):
+                wanted = ks[i]
+                k = int(wanted * nonzero) if isinstance(wanted, float) else wanted
+                del searches[i]
+                if k <= 0:
+                    out[i] = KEEP_NONE
+                elif (again := search.missed(k)) is not None:
+                    searches[i] = again
+                else:
+                    out[i] = _settle(blocks, sizes, search, k - search.above)
     return [cut for cut in out if cut is not None]
 
 
-def _refine(blocks: Blocks, sizes: list[int], found: list[Tensor], bucket: int, rest: int) -> Cut:
-    """The cut that keeps `rest` of the bucket's values, whose low bits are `found`, block by block."""
-    low = torch.zeros(1 << _LOW, dtype=torch.int64)
-    for values in found:
-        low += torch.bincount(values, minlength=1 << _LOW).cpu()
-    above = low.flip(0).cumsum(0).flip(0) - low
-    level = int(torch.nonzero((above < rest) & (above + low >= rest))[0])
-    pattern = (bucket << _LOW) | level
-    threshold = float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))
-    rest -= int(above[level])
-    if rest == int(low[level]):
+def _guess(sample: Bits, wanted: int | float, total: int) -> _Search:
+    """A bracket that holds the wanted one unless the sample is 3.5 standard deviations off."""
+    n = sample.size
+    share = wanted * np.count_nonzero(sample) / n if isinstance(wanted, float) else wanted / total
+    margin = _SIGMAS * math.sqrt(n * max(share * (1 - share), 1 / n)) if n < total else 1.0
+    first, last = math.floor(share * n - margin), math.ceil(share * n + margin)
+    return _Search(int(sample[last]) if last < n else 0, int(sample[first]) if first >= 0 else _LARGEST)
+
+
+def _settle(blocks: Blocks, sizes: list[int], search: _Search, rest: int) -> Cut:
+    """The cut that keeps `rest` of the values inside the bracket."""
+    level, equal = search.low, search.inside
+    if search.found:
+        every = np.concatenate(search.found)
+        level = int(np.partition(every, every.size - rest)[every.size - rest])
+        rest -= int(np.count_nonzero(every > level))
+        equal = [int(np.count_nonzero(found == level)) for found in search.found]
+    threshold = float(np.int32(level).view(np.float32))
+    if rest == sum(equal):
         return Cut(threshold, 1 << 62)
     offset = 0
-    for i, values in enumerate(found):
-        here = int((values == level).sum())
+    for i, here in enumerate(equal):
         if rest <= here:
-            equal = torch.nonzero(_bits(blocks(i)) == pattern).view(-1)
-            return Cut(threshold, offset + int(equal[rest - 1]))
+            return _last_of(blocks(i, 1), threshold, offset, level, rest)
         rest -= here
         offset += sizes[i]
     raise AssertionError("the blocks changed between two passes")
+
+
+def _last_of(values: Tensor, threshold: float, offset: int, level: int, rest: int) -> Cut:
+    """The cut whose last kept tie is the block's `rest`-th."""
+    return Cut(threshold, offset + int(np.flatnonzero(_bits(values) == level)[rest - 1]))

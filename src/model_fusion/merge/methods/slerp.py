@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, check_unit, register
-from model_fusion.merge.methods.blocks import dot
+from model_fusion.merge.methods.blocks import dot, parts
 
 PARALLEL = 0.9995
 """Above this |cosine| the arc is replaced by the straight line."""
@@ -51,9 +51,13 @@ def _cosine(
     key: Key,
 ) -> tuple[float, float]:
     """The factors from the cosine of the two whole tensors; a zero tensor counts as parallel."""
-    a, b = (x.float() for x in _pair(models, base))
-    norms = math.sqrt(dot(a, a) * dot(b, b))
-    return arc_weights(max(-1.0, min(1.0, dot(a, b) / norms)) if norms > 0 else 1.0, params.t)
+    flat_a, flat_b = (x.reshape(-1) for x in _pair(models, base))
+    aa = ab = bb = 0.0
+    for part in parts(flat_a.numel()):
+        a, b = flat_a[part].float(), flat_b[part].float()
+        aa, ab, bb = aa + dot(a, a), ab + dot(a, b), bb + dot(b, b)
+    norms = math.sqrt(aa * bb)
+    return arc_weights(max(-1.0, min(1.0, ab / norms)) if norms > 0 else 1.0, params.t)
 
 
 def _slerp(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, register
-from model_fusion.merge.methods.blocks import delta, parts, total
+from model_fusion.merge.methods.blocks import delta, dot, parts
 from model_fusion.merge.methods.linear import Weighted, weight_sum
 from model_fusion.merge.methods.slerp import arc_weights
 
@@ -33,7 +33,7 @@ def gram(models: Sequence[Tensor], base: Tensor | None) -> Vector:
         rows = [delta(m[part], None if flat_base is None else flat_base[part]) for m in flat]
         for i, a in enumerate(rows):
             for j in range(i + 1):
-                out[i, j] += total(a * rows[j])
+                out[i, j] += dot(a, rows[j])
     return np.asarray(np.tril(out) + np.tril(out, -1).T)
 
 

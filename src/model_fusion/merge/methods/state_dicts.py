@@ -22,9 +22,9 @@ def global_cuts(tensors: Sequence[tuple[Tensor, Tensor]], density: float) -> lis
     blocks = [(pair, i) for pair in tensors for i in range(len(sizes(pair[0].numel())))]
     lengths = [n for pair in tensors for n in sizes(pair[0].numel())]
 
-    def block(i: int) -> Tensor:
+    def block(i: int, step: int) -> Tensor:
         (model, base), number = blocks[i]
-        return delta_blocks(model, base)(number)
+        return delta_blocks(model, base)(number, step)
 
     whole = cuts(block, lengths, [kept(density, sum(lengths))])[0]
     out, offset = [], 0

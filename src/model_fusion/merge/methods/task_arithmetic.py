@@ -59,21 +59,45 @@ def add_elected(
     if not sign_before_weight:
         for task, weight in zip(deltas, weights, strict=True):
             task.mul_(weight)
-    votes = deltas[0].clone()
+    sign = elected_sign(deltas)
+    merged: Tensor | None = None
+    share: Tensor | None = None
+    for task, weight in zip(deltas, weights, strict=True):
+        agreeing_(task, sign)
+        if normalize:
+            part = task.sign().mul_(weight)
+            share = part if share is None else share.add_(part)
+        if sign_before_weight:
+            task.mul_(weight)
+        merged = task if merged is None else merged.add_(task)
+    assert merged is not None
+    if share is not None:
+        if min(weights) > 0:
+            # a share is 0 or at least the smallest weight, and where it is 0 so is the sum
+            share.clamp_min_(min(weights))
+        else:
+            share.masked_fill_(share == 0, 1.0)
+        merged.div_(share)
+    return _finish(flip_(merged, sign), base, lambda_)
+
+
+def elected_sign(deltas: Sequence[Tensor]) -> Tensor:
+    """int32: the sign bit of Σ δ; + where the sum is 0 (adding 0.0 turns −0 into +0)."""
+    votes = deltas[0] + 0.0
     for task in deltas[1:]:
         votes += task
-    # ±1, + where the vote is 0; adding 0.0 turns −0 into +0
-    sign = torch.copysign(torch.ones((), device=votes.device), votes.add_(0.0))
-    merged = torch.zeros_like(votes)
-    share = torch.zeros_like(votes) if normalize else None
-    for task, weight in zip(deltas, weights, strict=True):
-        task.mul_(sign).clamp_min_(0.0)
-        if share is not None:
-            share += task.sign().mul_(weight)
-        merged += task.mul_(weight) if sign_before_weight else task
-    if share is not None:
-        merged /= share.masked_fill_(share == 0, 1.0)
-    return _finish(merged.mul_(sign), base, lambda_)
+    return votes.add_(0.0).view(torch.int32).bitwise_and_(-(2**31))
+
+
+def flip_(values: Tensor, sign: Tensor) -> Tensor:
+    """Negates, in place, where the sign bit is set."""
+    values.view(torch.int32).bitwise_xor_(sign)
+    return values
+
+
+def agreeing_(task: Tensor, sign: Tensor) -> Tensor:
+    """In place: the magnitudes of the elements with the elected sign, 0 elsewhere."""
+    return flip_(task, sign).clamp_min_(0.0)
 
 
 def _finish(merged: Tensor, base: Tensor, lambda_: float) -> Tensor:

@@ -1,0 +1,107 @@
+"""Streams a plan's output tensors through a method: threads over tensors, float32, hashes in cache.
+
+Knows no YAML key and no tensor name. Memory: a thread holds a part of one output tensor and what the method
+needs beside it (cache-sized chunks; for some methods a mask, for a few the whole inputs in float32).
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
+from model_fusion.errors import InputError
+from model_fusion.merge.methods import Key
+from model_fusion.merge.plan import Input, MergePlan, Output
+
+_PART = 1 << 20
+
+
+class Run:
+    """One execution of a plan: shared by its worker threads."""
+
+    def __init__(self, work: MergePlan, writer: CheckpointWriter, allow_nan: bool) -> None:
+        self._work, self._writer, self._allow_nan = work, writer, allow_nan
+        self._bad: list[str] = []
+        self._stop = threading.Event()
+
+    def all(self, order: list[Output], threads: int) -> None:
+        """Make every tensor that is not yet done; the first error stops the rest."""
+        todo = [item for item in order if item.spec.name not in self._writer.done]
+        # one intra-op thread each: tensors are the parallelism, and sums do not depend on the machine's cores
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for future in [pool.submit(self._one, item) for item in todo]:
+                future.result()
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+        if self._bad:
+            found = sorted(set(self._bad))
+            more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+            raise InputError(f"NaN or Inf in {'; '.join(found[:20])}{more} (--allow-nan merges them anyway)")
+
+    def _one(self, item: Output) -> None:
+        if self._stop.is_set():
+            return
+        with torch.inference_mode():
+            sources = [*item.inputs, *([item.base] if item.base else [])]
+            tensors = [self._checkpoint(source).read(source.tensor) for source in sources]
+            hashes, finite = {}, True
+            for source in sources:
+                for label, stored in self._checkpoint(source).stored(source.tensor).items():
+                    hashes[f"{source.model}:{label}"], clean = _digest(stored)
+                    if not clean and not item.copied and not self._allow_nan:
+                        self._bad.append(f"{self._checkpoint(source).file_of(source.tensor)}: {source.tensor}")
+                        finite = False
+            if finite:
+                parts = (
+                    iter([tensors[0].to(item.spec.dtype).reshape(-1)]) if item.copied else self._merged(item, tensors)
+                )
+                self._writer.write_parts(item.spec.name, parts, hashes)
+
+    def _checkpoint(self, source: Input) -> Checkpoint:
+        return self._work.checkpoints[source.model]
+
+    def _merged(self, item: Output, tensors: list[Tensor]) -> Iterator[Tensor]:
+        models, base = tensors[: len(item.inputs)], tensors[-1] if item.base else None
+        key = Key(self._work.recipe.seed, item.spec.name)
+        method = self._work.method
+        for part in method.stream(models, base, item.model_params, item.params, key, item.spec.dtype):
+            if not self._allow_nan and not finite(part):
+                kind = str(item.spec.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"{method.name} made NaN or Inf in {item.spec.name!r} ({kind}): check weights "
+                    "and dtype, or pass --allow-nan"
+                )
+            yield part
+
+
+def _digest(tensor: Tensor) -> tuple[str, bool]:
+    """SHA-256 of a tensor's bytes, and whether all its values are finite, in one pass."""
+    digest, clean = hashlib.sha256(), True
+    for part in torch.split(tensor.contiguous().reshape(-1), _PART):
+        digest.update(as_bytes(part))
+        clean = clean and finite(part)
+    return digest.hexdigest(), clean
+
+
+_EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+
+
+def finite(flat: Tensor) -> bool:
+    """Whether a flat tensor holds neither NaN nor Inf: no exponent is all ones."""
+    if not flat.is_floating_point():
+        return True
+    if flat.dtype not in _EXPONENT or flat.device.type != "cpu":
+        return bool(torch.isfinite(flat).all())
+    ones = _EXPONENT[flat.dtype]
+    kind = np.dtype(f"u{flat.dtype.itemsize}")
+    # without its sign bit, a pattern is as large as its value
+    patterns = flat.view(torch.int16 if kind.itemsize == 2 else torch.int32).numpy().view(kind)
+    return patterns.size == 0 or int(np.left_shift(patterns, kind.type(1)).max()) < 2 * ones

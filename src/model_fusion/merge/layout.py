@@ -1,0 +1,140 @@
+"""Which output tensors a recipe asks for, and from which tensors of which models each is made.
+
+Three forms of recipe become one list: whole models, slices of layers, and modules that are either. Knows names and
+layers, no dtype and no method.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from model_fusion.architecture.align import known_modules, module
+from model_fusion.architecture.roles import before_layers, main_stack, role_of, stacks, with_layer
+from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, Slice, SliceSource, nearest
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some models and the parameter levels that apply to each, most specific first."""
+
+    sources: Sequence[ModelEntry | SliceSource]
+    levels: Sequence[Parameters]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One output tensor: made from `names[i]` of `block.sources[i]`, or copied from the template (no block).
+    `position` in [0, 1] is its layer's place in the stack."""
+
+    out: str
+    name: str
+    block: Block | None
+    names: tuple[str, ...]
+    position: float
+
+
+Part = MergeRecipe | Module
+
+
+class Layout:
+    """`items`, and `picks`: the (model, layer) of each output layer of the main stack, where it was sliced."""
+
+    def __init__(
+        self,
+        recipe: MergeRecipe,
+        checkpoints: dict[str, Checkpoint],
+        template: str,
+        heads: Iterable[str],
+        only_one: bool,
+    ) -> None:
+        """`heads`: tied tensors that are not written. `only_one`: the method takes one model a slice."""
+        self.items: list[Item] = []
+        self.picks: list[tuple[str, int]] | None = None
+        self.problems: list[str] = []
+        self._recipe, self._checkpoints, self._template, self._once = recipe, checkpoints, template, only_one
+        self._names = [name for name in checkpoints[template].names if name not in set(heads)]
+        self._lengths = stacks(self._names)
+        if recipe.modules is None:
+            self._part(recipe, self._names, [recipe.parameters])
+        else:
+            self._modules(recipe.modules)
+
+    def _modules(self, modules: dict[str, Module]) -> None:
+        owner: dict[str, str] = {}
+        for key, part in modules.items():
+            names = module(key, self._names)
+            if not names:
+                valid = known_modules(self._names)
+                self.problems.append(f"module {key!r} names no tensor of {self._template}; {nearest(key, valid)}")
+            taken = next((owner[name] for name in names if name in owner), None)
+            if taken is not None:
+                self.problems.append(f"modules {taken!r} and {key!r} share tensors")
+                continue
+            owner.update(dict.fromkeys(names, key))
+            self._part(part, names, [part.parameters, self._recipe.parameters])
+        for name in self._names:
+            if name not in owner:
+                self.items.append(Item(name, name, None, (), 0.0))
+
+    def _part(self, part: Part, names: Sequence[str], levels: Sequence[Parameters]) -> None:
+        if part.slices is not None:
+            self._slices(part.slices, names, levels)
+            return
+        block = Block(part.models or [], levels)
+        for name in names:
+            self.items.append(Item(name, name, block, (name,) * len(block.sources), self._position(name)))
+
+    def _position(self, name: str) -> float:
+        role = role_of(name)
+        if role.layer is None or role.stack is None:
+            return 0.0 if before_layers(name) else 1.0
+        return role.layer / max(self._lengths[role.stack] - 1, 1)
+
+    def _slices(self, parts: Sequence[Slice], names: Sequence[str], levels: Sequence[Parameters]) -> None:
+        found = main_stack(names)
+        if found is None:
+            self.problems.append(f"{self._template} has no layers to slice")
+            return
+        stack = found[0]
+        all_sources = [source for part in parts for source in part.sources]
+        first = parts[0].sources if self._once else list({s.model: s for s in reversed(all_sources)}.values())[::-1]
+        last = parts[-1].sources if self._once else list({s.model: s for s in all_sources}.values())
+        for name in names:
+            if role_of(name).stack != stack:
+                early = before_layers(name)
+                part_levels = [parts[0 if early else -1].parameters, *levels]
+                block = Block(first if early else last, part_levels)
+                self.items.append(Item(name, name, block, (name,) * len(block.sources), 0.0 if early else 1.0))
+        picks: list[tuple[str, int]] = []
+        for part in parts:
+            self._slice(part, stack, [part.parameters, *levels], picks)
+        if found == main_stack(self._names):
+            self.picks = picks
+
+    def _slice(self, part: Slice, stack: str, levels: Sequence[Parameters], picks: list[tuple[str, int]]) -> None:
+        layers: list[list[list[str]]] = []
+        for source in part.sources:
+            inside = _by_layer(self._checkpoints[source.model].names, stack)
+            if source.layer_range[1] > len(inside):
+                text = f"layer_range {list(source.layer_range)}: {source.model} has {len(inside)} layers"
+                self.problems.append(text)
+                return
+            layers.append(inside)
+        starts = [source.layer_range[0] for source in part.sources]
+        count = part.sources[0].layer_range[1] - starts[0]
+        block = Block(part.sources, levels)
+        for i in range(count):
+            new = len(picks)
+            picks.append((part.sources[0].model, starts[0] + i))
+            for name in layers[0][starts[0] + i]:
+                names = tuple(with_layer(name, start + i) for start in starts)
+                self.items.append(Item(with_layer(name, new), name, block, names, i / max(count - 1, 1)))
+
+
+def _by_layer(names: Iterable[str], stack: str) -> list[list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in names:
+        role = role_of(name)
+        if role.stack == stack and role.layer is not None:
+            found.setdefault(role.layer, []).append(name)
+    return [found.get(i, []) for i in range(max(found, default=-1) + 1)]

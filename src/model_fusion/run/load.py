@@ -1,0 +1,45 @@
+"""A saved fusion for the command line: what can be checked without the LLM first, then the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from model_fusion.fuse import saving
+from model_fusion.fuse.ask import ask, questions
+from model_fusion.fuse.chat import ChatSession
+from model_fusion.fuse.model import FusedModel
+from model_fusion.run.experts import saved_schemas, task_parts
+
+
+def open_fusion(folder: Path, config: Mapping[str, Any], *, allow_pickle: bool = False) -> FusedModel:
+    """The fused model in `folder`. A built-in task's expert needs no `given`; other code does (InputError)."""
+    return FusedModel.from_pretrained(folder, given=task_parts(config.get("task")), allow_pickle=allow_pickle)
+
+
+def generate(
+    folder: str | Path,
+    *,
+    prompt: str | None = None,
+    inputs: Sequence[str] = (),
+    file: Path | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> list[tuple[str, str]]:
+    """(prompt, answer) for each question to the fusion saved in `folder`; `options` as in `ask`."""
+    folder = Path(folder)
+    config = saving.read_config(folder)
+    saving.check_files(folder, config)
+    asked = questions(saved_schemas(config), prompt=prompt, inputs=inputs, file=file)
+    fused = open_fusion(folder, config, allow_pickle=allow_pickle)
+    answers = ask(fused, asked, **options)
+    return [(question.prompt, answer) for question, answer in zip(asked, answers, strict=True)]
+
+
+def open_chat(folder: str | Path, *, allow_pickle: bool = False, **options: Any) -> ChatSession:
+    """A chat with the fusion saved in `folder`; `options` as in `ChatSession`."""
+    folder = Path(folder)
+    config = saving.read_config(folder)
+    saving.check_files(folder, config)
+    return ChatSession(open_fusion(folder, config, allow_pickle=allow_pickle), **options)
