@@ -63,11 +63,7 @@ def fit(
         raise InputError(f"the {fused.bridge.kind} bridge has nothing to train: ask it directly")
     if len(examples) < 2:
         raise InputError(f"{len(examples)} training examples: at least 2 are needed")
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    for name in settings:
-        if name not in known:
-            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
-    chosen = TrainSettings(**{**_defaults(fused), **settings})
+    chosen = training_settings({**_defaults(fused), **settings})
     if not validation:
         examples, validation = held_out(examples, chosen.seed)
     if fit_normaliser:
@@ -90,6 +86,15 @@ def fit(
         )
     finally:
         fused.eval()
+
+
+def training_settings(settings: Mapping[str, Any]) -> TrainSettings:
+    """`settings` by name; an unknown name is an InputError."""
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    for name in settings:
+        if name not in known:
+            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
+    return TrainSettings(**settings)
 
 
 def _defaults(fused: FusedModel) -> dict[str, Any]:
