@@ -83,11 +83,13 @@ def align(
     teacher = Teacher(fused, tokens=tokens, top_k=top_k)
     step = AlignStep(fused, teacher, asked, shown)
     held = AlignStep(fused, teacher, held_back, unseen)
+    parameters = fused.trainable_parameters()
+    start, before = held.measure(), [p.detach().clone() for p in parameters]
     fused.train()
     try:
-        return train(
+        history = train(
             step,
-            fused.trainable_parameters(),
+            parameters,
             len(shown),
             held.measure,
             chosen,
@@ -98,6 +100,14 @@ def align(
         )
     finally:
         fused.eval()
+    history.validations.insert(0, (0, start.loss, start.score))
+    best = max(history.validations, key=lambda v: (v[2], -v[1]))
+    if best[0] == 0:  # the words' own embeddings were better than what training made of them
+        history.best_step = 0
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+    return history
 
 
 def generic_prompts(experts: Sequence[str]) -> list[Prompt]:
@@ -137,18 +147,21 @@ def read(fused: FusedModel, items: Sequence[Any]) -> list[Item]:
     return out
 
 
-def spell(fused: FusedModel, items: Sequence[Item], *, steps: int = 300, learning_rate: float = 3e-3) -> float:
+def spell(fused: FusedModel, items: Sequence[Item], *, steps: int = 300, learning_rate: float = 1e-2) -> float:
     """Fit each expert's soft tokens to the LLM's own embeddings of its words, by least squares; returns the mean
     squared error as a share of the embeddings' mean square. A bridge without trained soft tokens is left alone."""
     error = 0.0
     for name in fused.experts:
         mine = [item for item in items if item.expert == name]
-        wanted = torch.stack([_spelled(fused, item.words, fused.bridge.slots(name)) for item in mine])
+        words = sorted({item.words for item in mine})
+        rows = torch.stack([_spelled(fused, word, fused.bridge.slots(name)) for word in words])
+        fitted = fused.bridge.start_at(name, rows)
+        if not fitted:
+            continue
+        wanted = rows[[words.index(item.words) for item in mine]]
         values = fused.normalisers[name](torch.stack([item.occurrence.values for item in mine]).to(fused.device))
         mask = torch.stack([item.occurrence.mask for item in mine]).to(fused.device)
-        if not fused.bridge.embed(name, values, mask).requires_grad:
-            continue
-        optimizer = torch.optim.Adam(fused.bridge.parameters(), lr=learning_rate)
+        optimizer = torch.optim.Adam(fitted, lr=learning_rate)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             loss = (fused.bridge.embed(name, values, mask) - wanted).pow(2).mean() / wanted.pow(2).mean()
