@@ -85,6 +85,8 @@ def align(
     held = AlignStep(fused, teacher, held_back, unseen)
     parameters = fused.trainable_parameters()
     start, before = held.measure(), [p.detach().clone() for p in parameters]
+    if chosen.target and start.score >= chosen.target[0] and start.loss <= chosen.target[1]:
+        return History(validations=[(0, start.loss, start.score)], stopped="target reached")
     fused.train()
     try:
         history = train(

@@ -48,7 +48,8 @@ class SoftTokens(nn.Module):
         self.inner = nn.Linear(inputs, width)
         self.outer = nn.Linear(width, codes or tokens * base.hidden)
         nn.init.normal_(self.inner.weight, std=inputs**-0.5)
-        nn.init.normal_(self.outer.weight, std=width**-0.5)
+        # Codes start mixed evenly: a sharp choice made by chance would have no gradient to undo it.
+        nn.init.normal_(self.outer.weight, std=(0.02 if codes else 1.0) * width**-0.5)
         if codes:
             self.codebook = nn.Parameter(torch.randn(codes, tokens * base.hidden))
         else:

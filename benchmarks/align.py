@@ -1,0 +1,188 @@
+"""Composition on digits: does the LLM speak of the right digit in questions that no training ever asked?
+
+    python benchmarks/align.py [--seeds 5] [--pictures 300] [--tokens 1] [--codes 16] [--bridge prefix] [--steps N]
+                               [--start words|random] [--quick] [--journal FILE] [--json FILE]
+
+The bridge is aligned on unlabelled pictures and generic prompts. The question types (benchmarks/align_questions.json)
+were committed before the first training run. A type counts where the text oracle, told the expert's word, beats the
+best constant answer by 20 points on held-out pictures. `same`: greedy texts equal to the oracle's. Beside it, `own
+embeddings`: the embeddings of the word itself at the placeholder, with no training. With `--journal`, an
+interrupted run goes on where it stopped. CPU seconds are of one alignment (oracle, start, training, validation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from measure import machine
+from model_fusion.evaluate.composition import QuestionType, Scored, parity, question_types, scored
+from model_fusion.evaluate.journal import Journal
+from model_fusion.evaluate.statistics import interval
+from model_fusion.evaluate.tasks.base import Task
+from model_fusion.evaluate.tasks.digits import NAMES, digits_task, true_names
+from model_fusion.fuse.align import read, spell
+from model_fusion.fuse.bridges import Lora, Prefix
+from model_fusion.fuse.experts import Expert, Field, InputSchema
+from model_fusion.fuse.model import FusedModel
+
+QUESTIONS = Path(__file__).with_name("align_questions.json")
+PLACEHOLDER = "<|picture|>"
+NEW_TOKENS = 10
+
+
+def one_hot(items: Any) -> Any:
+    return np.eye(len(NAMES))[[int(i) for i in items]]
+
+
+def own_embeddings(fused: FusedModel) -> FusedModel:
+    """The same LLM reading a class number as exactly the embeddings of the class's name."""
+    expert = Expert.from_callable(one_hot, InputSchema((Field("class", "int", 0, 9),)), classes=NAMES)
+    bridge = Prefix(tokens=1, codes=len(NAMES))
+    out = FusedModel.build(fused.base, tokenizer=fused.tokenizer, experts={"picture": expert}, bridge=bridge)
+    spell(out, read(out, list(range(len(NAMES)))), steps=600)
+    return out
+
+
+def told(fused: FusedModel, types: list[QuestionType]) -> dict[str, list[str]]:
+    """For each type what the text oracle says when told each class's name."""
+    with fused.bridge_off():
+        return {t.name: fused.answer([t.prompt(n) for n in NAMES], max_new_tokens=NEW_TOKENS) for t in types}
+
+
+def score(
+    types: list[QuestionType], task: Task, pictures: int, oracle: dict[str, list[str]], says: Any
+) -> dict[str, Scored]:
+    """`says(type, numbers of expert's classes, examples)` -> texts, scored type by type."""
+    asked = task.test[:pictures]
+    heard = [NAMES.index(e.answer) for e in asked]
+    truth = [NAMES.index(name) for name in true_names([e.inputs["picture"] for e in asked])]
+    rows = {}
+    for t in types:
+        rows[t.name] = scored(says(t, heard, asked), [oracle[t.name][i] for i in heard], [t.answers[i] for i in truth])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=300)
+    parser.add_argument("--bridge", choices=("prefix", "lora"), default="prefix")
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--codes", type=int, default=16)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--start", choices=("words", "random"), default="words")
+    parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--quick", action="store_true", help="one seed, 40 pictures")
+    parser.add_argument("--journal", type=Path)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    if a.quick:
+        a.seeds, a.pictures = 1, min(a.pictures, 40)
+    setting = {k: getattr(a, k) for k in ("pictures", "bridge", "tokens", "codes", "steps", "start", "base")}
+    journal = Journal(a.journal, json.dumps(setting), resume=True) if a.journal else None
+    cells: dict[str, Any] = journal.cells if journal else {}
+
+    def keep(key: str, value: Any) -> Any:
+        cells[key] = value
+        if journal:
+            journal.add(key, value)
+        return value
+
+    types = question_types(QUESTIONS)
+    bridge = (Prefix if a.bridge == "prefix" else Lora)(tokens=a.tokens, codes=a.codes)
+    fused: FusedModel | None = None
+    for seed in range(a.seeds):
+        if f"{seed}/done" in cells:
+            continue
+        task = digits_task(seed=seed, labels=400)
+        if fused is None:
+            fused = FusedModel.build(a.base, experts={"picture": task.expert}, bridge="tool")
+        model = fused.with_experts({"picture": task.expert})
+        oracle = cells.get("oracle") or keep("oracle", {"texts": told(fused, types)})
+        if "own" not in cells:
+            plain = own_embeddings(fused)
+            said = {
+                t.name: plain.answer(
+                    [t.prompt(PLACEHOLDER)] * 10, [{"picture": i} for i in range(10)], max_new_tokens=NEW_TOKENS
+                )
+                for t in types
+            }
+            keep("own", {"texts": said})
+        own = cells["own"]["texts"]
+        baseline = score(
+            types, task, a.pictures, oracle["texts"], lambda t, heard, _, own=own: [own[t.name][i] for i in heard]
+        )
+        model.add_bridge("aligned", bridge, seed=seed)
+        cpu = time.process_time()
+        options = {} if a.steps is None else {"steps": a.steps}
+        history = model.align(
+            [e.inputs["picture"] for e in task.train],
+            validation=[e.inputs["picture"] for e in task.validation],
+            start_at_words=a.start == "words",
+            seed=seed,
+            progress=False,
+            **options,
+        )
+        cpu = time.process_time() - cpu
+
+        def says(t: QuestionType, heard: Any, asked: Any, model: FusedModel = model) -> list[str]:
+            prompts = [t.prompt(PLACEHOLDER)] * len(asked)
+            return model.answer(prompts, [e.inputs for e in asked], max_new_tokens=NEW_TOKENS)
+
+        counted = [t for t in types if baseline[t.name].counts]
+        rows = score(counted, task, a.pictures, oracle["texts"], says)
+        fused.set_bridge("default")
+        fused.remove_bridge("aligned")
+        keep(
+            f"{seed}/done",
+            {
+                "types": {name: asdict(row) for name, row in rows.items()},
+                "own": {name: asdict(row) for name, row in baseline.items()},
+                "cpu": cpu,
+                "validations": history.validations,
+                "best_step": history.best_step,
+                "parity": parity(rows),
+                "own_parity": parity({name: baseline[name] for name in rows}),
+            },
+        )
+    report(cells, a.seeds, setting, a.json)
+
+
+def report(cells: dict[str, Any], seeds: int, setting: dict[str, Any], file: Path | None) -> None:
+    """Print the table and write the JSON."""
+    runs = [cells[f"{seed}/done"] for seed in range(seeds)]
+    names = [name for name in runs[0]["own"] if all(name in run["types"] for run in runs)]
+    table = Table("type", "constant", "oracle", "fused", "same as oracle", "worst seed", "own embeddings: same")
+    for name in names:
+        columns = [[run["types"][name][key] for run in runs] for key in ("constant", "oracle", "fused", "same")]
+        same = interval(columns[3])
+        spread = "" if same.low is None else f" [{same.low:.3f}, {same.high:.3f}]"
+        own = sum(run["own"][name]["same"] for run in runs) / seeds
+        means = [f"{sum(c) / seeds:.3f}" for c in columns]
+        table.add_row(name, *means[:3], means[3] + spread, f"{min(columns[3]):.3f}", f"{own:.3f}")
+    console = Console(width=140)
+    console.print(table)
+    whole = interval([run["parity"] for run in runs])
+    own = sum(run["own_parity"] for run in runs) / seeds
+    console.print(f"parity fused / oracle: {whole.mean:.3f} {whole.to_json()}; own embeddings {own:.3f}")
+    console.print(f"CPU seconds of one alignment: {[round(run['cpu'], 1) for run in runs]}")
+    dropped = [name for name in runs[0]["own"] if name not in names]
+    console.print(f"do not count (oracle within 20 points of a constant): {', '.join(dropped)}")
+    about = machine() | {"torch": torch.__version__, "seeds": list(range(seeds)), "threads": torch.get_num_threads()}
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if file:
+        file.write_text(json.dumps({"machine": about, "setting": setting, "cells": cells}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
