@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.processor import Encoded, check_features
 from model_fusion.fuse.shortcut import Shortcut
 from model_fusion.training.loop import History, Measure, TrainSettings, train
+
+T = TypeVar("T")
 
 
 class ExampleLike(Protocol):
@@ -63,11 +65,7 @@ def fit(
         raise InputError(f"the {fused.bridge.kind} bridge has nothing to train: ask it directly")
     if len(examples) < 2:
         raise InputError(f"{len(examples)} training examples: at least 2 are needed")
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    for name in settings:
-        if name not in known:
-            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
-    chosen = TrainSettings(**{**_defaults(fused), **settings})
+    chosen = training_settings({**_defaults(fused), **settings})
     if not validation:
         examples, validation = held_out(examples, chosen.seed)
     if fit_normaliser:
@@ -90,6 +88,15 @@ def fit(
         )
     finally:
         fused.eval()
+
+
+def training_settings(settings: Mapping[str, Any]) -> TrainSettings:
+    """`settings` by name; an unknown name is an InputError."""
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    for name in settings:
+        if name not in known:
+            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
+    return TrainSettings(**settings)
 
 
 def _defaults(fused: FusedModel) -> dict[str, Any]:
@@ -149,9 +156,7 @@ def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
         fused.normalisers[name].fit(features)  # type: ignore[operator]
 
 
-def held_out(
-    examples: Sequence[ExampleLike], seed: int, share: float = 0.2
-) -> tuple[list[ExampleLike], list[ExampleLike]]:
+def held_out(examples: Sequence[T], seed: int, share: float = 0.2) -> tuple[list[T], list[T]]:
     """(training, validation): `share` of the examples, at least one, are held out, chosen by the seed."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, int(len(examples) * share))

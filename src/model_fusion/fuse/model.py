@@ -212,6 +212,12 @@ class FusedModel(PreTrainedModel, GenerationMixin):
 
         return fit(self, examples, **settings)
 
+    def align(self, items: Sequence[Any], **options: Any) -> History:
+        """Train the active bridge without labels: see `model_fusion.fuse.align.align` for the arguments."""
+        from model_fusion.fuse.align import align
+
+        return align(self, items, **options)
+
     def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
         """Write bridge, normalisers and experts; the base by reference and hash. The options that Trainer passes
         (`state_dict`, `is_main_process` …) do not apply."""
@@ -378,7 +384,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             taken = [rows[row] for row in chosen]
             batch = {k: v.to(self.device) for k, v in processor.collate(taken, left=True).items()}
             length = batch["input_ids"].shape[1]
-            extra: dict[str, Any] = self._common_prompt(taken) if alone and settings.get("use_cache", True) else {}
+            extra: dict[str, Any] = self.common_prompt(taken) if alone and settings.get("use_cache", True) else {}
             if bias:
                 extra["logits_processor"] = LogitsProcessorList([bias(chosen, length)])
             out = self.generate(**batch, **settings, **extra)
@@ -388,7 +394,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
                 texts[row] = text.strip()
         return texts
 
-    def _common_prompt(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+    def common_prompt(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Keys and values of the ids that open all `rows` before any placeholder, computed once."""
         from model_fusion.fuse.shortcut import expanded, shared_prompt
 

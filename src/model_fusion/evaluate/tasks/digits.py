@@ -76,6 +76,17 @@ def decisions(expert: Expert, items: Sequence[Any]) -> list[str]:
     return [decision.classes[i] for i in decision.log_probs.argmax(dim=1).tolist()]
 
 
+def true_names(items: Sequence[Any]) -> list[str]:
+    """The name of the digit that each picture shows."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    known = {
+        picture.astype(np.float32).tobytes(): NAMES[n] for picture, n in zip(data.images, data.target, strict=True)
+    }
+    return [known[np.asarray(item, dtype=np.float32).tobytes()] for item in items]
+
+
 def untrained_expert(seed: int = 0) -> Expert:
     """The same CNN, never trained (control 5)."""
     torch.manual_seed(seed)

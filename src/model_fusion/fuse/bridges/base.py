@@ -71,6 +71,9 @@ class Bridge(nn.Module):
     their output once. -1: nothing is computed identically except the prompt before the placeholder."""
     frozen_prompt: ClassVar[bool] = False
     """True where the LLM computes the prompt before the placeholder identically for every row."""
+    takes_space: bool = False
+    """True where the soft tokens stand for words: a word's token brings its own space, so that one space before
+    the placeholder is left out of the ids."""
 
     def __init__(self, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
@@ -87,6 +90,11 @@ class Bridge(nn.Module):
     def embed(self, expert: str, values: Tensor, mask: Tensor) -> Tensor:
         """Embedding rows [N, slots, H] for N occurrences: values [N, T, D], mask [N, T]. Default: neutral."""
         return self.neutral.expand(len(values), self.slots(expert), -1)
+
+    def start_at(self, expert: str, rows: Tensor) -> list[nn.Parameter]:
+        """Take in `rows` float32 [K, slots, H], embeddings that `embed` shall come near; returns the parameters to
+        be fitted for that. Default: none, the bridge has no such rows."""
+        return []
 
     def layers(self) -> tuple[int, ...]:
         """Indices of decoder layers whose output this bridge changes."""
