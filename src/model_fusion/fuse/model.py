@@ -112,7 +112,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             source = LLMSource(str(getattr(base.config, "_name_or_path", "") or "given"), "", "")
         fused = cls(base, tokenizer, experts, source)
         fused.add_bridge("default", bridge, seed=seed)
-        return fused.eval()
+        fused.eval()
+        return fused
 
     # ---- bridges -------------------------------------------------------------------------------------------
 
