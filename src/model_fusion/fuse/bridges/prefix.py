@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model_fusion.errors import InputError
-from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, flat
+from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, Entry, LLMShape, flat
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class SoftTokens(nn.Module):
     def __init__(self, inputs: int, tokens: int, width: int, base: LLMShape, codes: int = 0) -> None:
         super().__init__()
         self.tokens, self.scale, self.codes = tokens, base.embedding_rms, codes
-        self.inner = nn.Linear(inputs, width)
+        self.inner = Entry(inputs, width)
         self.outer = nn.Linear(width, codes or tokens * base.hidden)
-        nn.init.normal_(self.inner.weight, std=inputs**-0.5)
+        nn.init.normal_(self.inner.linear.weight, std=self.inner.linear.in_features**-0.5)
         # Codes start mixed evenly: a sharp choice made by chance would have no gradient to undo it.
         nn.init.normal_(self.outer.weight, std=(0.02 if codes else 1.0) * width**-0.5)
         if codes:
