@@ -206,6 +206,16 @@ def test_a_tied_head_is_not_written(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in got
 
 
+def test_a_tied_model_s_head_is_its_embedding_beside_an_untied_one(room: Path) -> None:
+    state = tensors(1)
+    del state["lm_head.weight"]
+    write(room / "b", 1, state=state, tie_word_embeddings=True)
+    got = load_file(run(room, linear((1.0, 1.0))) / "model.safetensors")
+    exact = (tensors(0)["lm_head.weight"].float() + state["model.embed_tokens.weight"].float()) / 2
+    assert torch.equal(got["lm_head.weight"], exact.bfloat16())
+    assert verify(room / "out").inputs == ["a", "b"]
+
+
 def test_verify_passes_and_then_sees_one_changed_byte(room: Path) -> None:
     out = run(room, linear((1.0, 1.0)))
     assert verify(out).tensors == len(tensors(0))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from model_fusion.architecture.align import aligned, multimodal
-from model_fusion.architecture.roles import has_row_a_token, input_embedding
+from model_fusion.architecture.roles import has_row_a_token, heads, input_embedding, ties
 from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.checkpoint.views import Remade, Renamed
 from model_fusion.errors import InputError
@@ -56,7 +56,7 @@ def prepare(
     if not multimodal(checkpoints[template].config):  # a text model has no place for a tower
         template = next((name for name, c in checkpoints.items() if multimodal(c.config)), template)
     own = checkpoints[template]
-    views = {name: _aligned(checkpoint, own) for name, checkpoint in checkpoints.items()}
+    views = {name: _with_head(_aligned(checkpoint, own), own) for name, checkpoint in checkpoints.items()}
     ready = Prepared(views, template, own.files(), json.loads(json.dumps(own.config)))
     try:
         _Tokens(recipe, ready, other_tokenizer).run()
@@ -86,6 +86,15 @@ def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
         return checkpoint
     names = aligned(checkpoint.names, template.names)
     return checkpoint if all(new == old for new, old in names.items()) else Renamed(checkpoint, names)
+
+
+def _with_head(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """A tied checkpoint, which stores no head, beside a template that does: its head is its embedding."""
+    embedding = input_embedding(checkpoint.names)
+    absent = [name for name in heads(template.names) if name not in checkpoint]
+    if not absent or embedding is None or not ties(checkpoint.config):
+        return checkpoint
+    return Renamed(checkpoint, {name: name for name in checkpoint.names} | dict.fromkeys(absent, embedding))
 
 
 class _Tokens:
