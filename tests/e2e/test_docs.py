@@ -1,6 +1,7 @@
 """Every document's python and bash blocks run as written, in order, in one empty folder.
 
-An `output` block holds what the block before it prints. Python blocks of a document share their names.
+An `output` block holds what the block before it prints. Python blocks of a document share their names. A document
+that begins with `<!-- after: other.md -->` uses what the other one makes, whose blocks run first.
 """
 
 import json
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(python|bash|output)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENTS = [file for file in sorted((ROOT / "docs").glob("*.md")) if FENCE.search(file.read_text(encoding="utf-8"))]
+AFTER = re.compile(r"<!-- after: (\S+) -->")
 RUNNER = """
 import contextlib, io, json, subprocess, sys
 names, printed = {"__name__": "document"}, ""
@@ -60,7 +62,8 @@ def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.stem)
 def test_document_runs_as_written(document: Path, tmp_path: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    assert blocks(text), "the document has no block to run"
+    if before := AFTER.match(text):
+        text = (document.parent / before[1]).read_text(encoding="utf-8") + "\n" + text
     done = run(text, tmp_path / "room")
     assert done.returncode == 0, done.stderr
 

@@ -124,6 +124,7 @@ def continuations(
         top_p=None,
         top_k=None,
         pad_token_id=fused.tokenizer.pad_token_id,
+        suppress_tokens=list(fused.reserved.values()),  # the plain LLM may say them, a fused prompt may not hold them
     )
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
