@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--size", choices=[*SIZES], default="500M")
     parser.add_argument("--mergekit", type=Path, help="an interpreter that has mergekit")
+    parser.add_argument("--models", type=Path, help="a folder that holds base, expert0, expert1, expert2 already")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     source = str(Path(__file__).resolve().parent.parent / "src")
     environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as temporary:
-        root, shape = Path(temporary), SIZES[args.size]
-        for i, name in enumerate(("base", "expert0", "expert1", "expert2")):
+        root, shape = args.models or Path(temporary), SIZES[args.size]
+        for i, name in enumerate(("base", "expert0", "expert1", "expert2") if args.models is None else ()):
             tokenizer(make(root / name, shape, 1 + i, 1 if i else None), shape.vocabulary)
         path, out = root / "recipe.yml", root / "out"
         path.write_text(yaml.safe_dump(recipe(root)))

@@ -139,10 +139,10 @@ class _Calibration:
             texts = split(documents(entry.texts, self.relative_to))[0] if entry.texts else list(entry.prompts)
             length = WINDOW if entry.texts else min(WINDOW, sum(len(t) for t in texts))
             ids = _windows(texts, tokenizer, length, recipe.calibration_tokens, name)
-            file = store.file(name, trunk, ids, self.plan.mixed) if store else None
+            file = store.file(name, trunk + self.plan.family.router_input, ids, self.plan.mixed) if store else None
             found = store.load(file) if store and file else None
             if found is None:
-                found = collect(self._trunk(), ids, self.plan.mixed)
+                found = collect(self._trunk(), ids, self.plan.mixed, self.plan.family.router_input)
                 if store and file:
                     store.save(file, found)
             self._domains.append(found)

@@ -19,6 +19,8 @@ def load_mixed(folder: Path) -> Any:
         raise MissingDependencyError(
             f"running a mixed model needs {error.name}: pip install 'model-fusion[fuse]'"
         ) from None
+    import model_fusion.mix.query  # noqa: F401  (registers the one class that is ours)
+
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()

@@ -175,6 +175,10 @@ class _Planner:
             return None
         objections = []
         for family in FAMILIES.values() if wanted == "auto" else [FAMILIES[wanted]]:
+            if family.mixes != self.recipe.mix:
+                if wanted != "auto":
+                    objections.append(f"{wanted} mixes {family.mixes}: set mix to {family.mixes}")
+                continue
             if kind not in family.accepts:
                 if wanted != "auto":
                     objections.append(f"{wanted} is made of {' or '.join(family.accepts)}, not of {kind}")
@@ -183,7 +187,8 @@ class _Planner:
             if objection is None:
                 return family
             objections.append(f"{family.model_type} cannot express {objection}")
-        self.problems.append(f"{self._name()}: {'; '.join(objections)}")
+        text = "; ".join(objections) or f"{kind} models cannot be mixed by {self.recipe.mix}; llama models can"
+        self.problems.append(f"{self._name()}: {text}")
         return None
 
     def _objection(self, family: Family) -> str | None:
@@ -209,16 +214,17 @@ class _Planner:
 
     def _trunk(self, family: Family, mixed: list[int], layers: int) -> None:
         head_tied = self.dense["tie_word_embeddings"]
+        mixable = {source for sources in family.experts.values() for source in sources}
         kept = [n for n in self.base.names if not n.endswith(_BUFFERS) and not (head_tied and n == "lm_head.weight")]
         adapted = {t: m for m, c in self.checkpoints.items() if isinstance(c, AdaptedCheckpoint) for t in c.adapted}
         for name in kept:
             role = role_of(name)
             suffix = name.split(".", 3)[-1] if role.layer is not None else name
-            if suffix in FFN and role.layer in mixed:
+            if suffix in mixable and role.layer in mixed:
                 continue
             if suffix in DENSE[self.dense["model_type"]].optional and suffix not in family.biases:
                 continue  # zero, see _objection
-            if name in adapted and suffix not in FFN and self.recipe.attention_lora == "refuse":
+            if name in adapted and suffix not in mixable and self.recipe.attention_lora == "refuse":
                 self.problems.append(
                     f"{adapted[name]}: its adapter changes {name!r}, which is no expert: set attention_lora to "
                     "average (of all experts) or base (leave it out)"

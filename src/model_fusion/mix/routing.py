@@ -1,7 +1,7 @@
 """The routers and experts of a loaded mixed model, found by module; and ways to overrule the routers for a while.
 
 Needs transformers 5 or newer, whose MoE blocks share one shape: a router returning (logits, weights, indices) and
-experts stacked in gate_up_proj [E, 2I, H] and down_proj [E, H, I].
+experts whose parameters are stacked [E, …].
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,13 +38,18 @@ def moe_layers(model: Any) -> list[MoELayer]:
     found = []
     for number, layer in enumerate(model.model.layers):
         for path in family.routers:
-            block = getattr(layer, path.split(".")[0], None)
+            owner = path.rpartition(".")[0]
+            block = layer.get_submodule(owner) if _has(layer, owner) else None
             if block is not None and hasattr(block, "experts"):
                 found.append(MoELayer(number, layer.get_submodule(path), block.experts))
                 break
     if not found:
         raise InputError("the model has no mixed layer")
     return found
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in layer.named_modules())
 
 
 @contextmanager
@@ -82,19 +87,16 @@ def fixed(weights: Sequence[float]) -> Callable[[int, Tensor], tuple[Tensor, Ten
 @contextmanager
 def souped(layers: Sequence[MoELayer]) -> Iterator[None]:
     """Inside the block every token goes through the average of the experts' weights."""
-    kept = [(layer.experts.gate_up_proj[0].clone(), layer.experts.down_proj[0].clone()) for layer in layers]
-    with torch.no_grad():
-        for layer in layers:
-            layer.experts.gate_up_proj[0].copy_(layer.experts.gate_up_proj.mean(0))
-            layer.experts.down_proj[0].copy_(layer.experts.down_proj.mean(0))
+    stacked = [p.data for layer in layers for p in layer.experts.parameters()]  # each [E, …]
+    kept = [p[0].clone() for p in stacked]
+    for p in stacked:
+        p[0].copy_(p.mean(0))
     try:
         with replaced(layers, fixed([1.0])):
             yield
     finally:
-        with torch.no_grad():
-            for layer, (up, down) in zip(layers, kept, strict=True):
-                layer.experts.gate_up_proj[0].copy_(up)
-                layer.experts.down_proj[0].copy_(down)
+        for p, first in zip(stacked, kept, strict=True):
+            p[0].copy_(first)
 
 
 @contextmanager

@@ -46,18 +46,13 @@ class Statistics:
         return cls(0, zeros, torch.zeros(layers, width, width, dtype=torch.float64), torch.zeros(layers, 0, width))
 
 
-def ffn_modules(model: Any) -> list[nn.Module]:
-    """The module of every decoder layer whose input is the router's."""
-    return [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in model.model.layers]
-
-
-def router_inputs(model: Any, ids: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-    """ids [b, t] → [L, b·t, H], float32: what each (chosen) layer's FFN receives."""
-    modules = ffn_modules(model)
+def router_inputs(model: Any, ids: Tensor, layers: Sequence[int] | None = None, module: str = "mlp") -> Tensor:
+    """ids [b, t] → [L, b·t, H], float32: what `module` (the FFN) of each (chosen) layer receives."""
+    modules = [layer.get_submodule(module) for layer in model.model.layers]
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[number] = args[0].detach().float().reshape(-1, args[0].shape[-1])
 
         return hook
@@ -73,18 +68,18 @@ def router_inputs(model: Any, ids: Tensor, layers: Sequence[int] | None = None) 
     return torch.stack([seen[n] for n in chosen]).cpu()
 
 
-def collect(model: Any, ids: Tensor, layers: Sequence[int]) -> Statistics:
+def collect(model: Any, ids: Tensor, layers: Sequence[int], module: str = "mlp") -> Statistics:
     """Stream one domain's windows ids [N, T] through the dense trunk."""
     result, probes, held = Statistics.empty(len(layers), int(model.config.hidden_size)), [], 0
     probing = [n for n in range(len(ids)) if n % _PROBE_SHARE == _PROBE_SHARE - 1] or [len(ids) - 1]
     probing = probing[: max(1, -(-_PROBE // ids.shape[1]))]
     counted = [n for n in range(len(ids)) if n not in probing] or probing  # a single window has to serve as both
     for n in probing:
-        x = router_inputs(model, ids[n : n + 1], layers)[:, : _PROBE - held]
+        x = router_inputs(model, ids[n : n + 1], layers, module)[:, : _PROBE - held]
         probes.append(x)
         held += x.shape[1]
     for start in range(0, len(counted), _BATCH):
-        result.add(router_inputs(model, ids[counted[start : start + _BATCH]], layers))
+        result.add(router_inputs(model, ids[counted[start : start + _BATCH]], layers, module))
     result.probe = torch.cat(probes, dim=1)
     return result
 

@@ -38,6 +38,7 @@ class ExpertEntry(_Strict):
 class MixRecipe(_Strict):
     """A mix: whose blocks become experts, what the rest of the model is, and how the gates start.
 
+    mix: what becomes experts; q_proj (Llama only) needs a class of our own to load.
     trunk: everything that is no expert, from `base_model`, the experts' average, or from the base after checking
     that every expert's is identical. attention_lora: what becomes of LoRA matrices outside the FFN.
     gate "auto" is ridge where every expert has texts or prompts, else gateless.
@@ -45,6 +46,7 @@ class MixRecipe(_Strict):
 
     base_model: str
     experts: tuple[ExpertEntry, ...] = Field(min_length=1)
+    mix: Literal["ffn", "q_proj"] = "ffn"
     experts_per_token: int | None = Field(default=None, ge=1)
     gate: GateName = "auto"
     trunk: Literal["base", "average", "require_equal"] = "base"

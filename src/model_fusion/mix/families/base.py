@@ -26,6 +26,7 @@ class Family:
     of the number of experts. biases: dense biases that the class has. keeps: config keys taken over from the dense
     model as they are. sets: constants. width: config key of the experts' intermediate size. own_head_dim: whether
     the class honours head_dim. dense_layers: config key of the layers left dense, where the class has one.
+    mixes: what becomes experts. router_input: the dense module whose input the router sees.
     """
 
     model_type: str
@@ -42,4 +43,6 @@ class Family:
     own_head_dim: bool = True
     bias_key: str | None = None
     dense_layers: str | None = None
+    mixes: str = "ffn"
+    router_input: str = "mlp"
     shared: Shared | None = None
