@@ -14,6 +14,7 @@ from model_fusion.fuse import teacher as teaching
 from model_fusion.fuse.align import AlignStep, read, spell
 from model_fusion.fuse.bridges import Gated, Lora, Prefix
 from model_fusion.fuse.experts import Expert, Field, InputSchema
+from model_fusion.fuse.fit import Example
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.teacher import Teacher, kl, summary, told
 
@@ -82,6 +83,19 @@ def test_words_are_a_good_start_and_a_worse_end_is_not_kept(monkeypatch: pytest.
     random = build(Prefix(tokens=1, codes=4))
     random.align(ITEMS, **{**SETTINGS, "learning_rate": 1e-9, "steps": 3, "target": None})
     assert AlignStep(random, Teacher(random, tokens=4), PROMPTS, read(random, ITEMS)).measure().loss > 0.05
+
+
+def test_keep_language_pulls_answers_training_towards_the_oracle() -> None:
+    examples = [Example("Say <|light|>", {"light": x}, "yes" if x else "no") for x in ITEMS]
+    divergence = {}
+    for weight in (0.0, 10.0):
+        fused = build(Prefix(tokens=2))
+        options: dict[str, Any] = {"steps": 20, "learning_rate": 1e-2, "progress": False, "target": None}
+        fused.fit(examples, keep_language=weight, **options)
+        divergence[weight] = AlignStep(fused, Teacher(fused), PROMPTS, read(fused, ITEMS)).measure().loss
+    assert divergence[10.0] < divergence[0.0]
+    with pytest.raises(InputError, match="keep_language"):
+        fused.fit(examples, keep_language=-1.0)
 
 
 def fresh(fused: FusedModel, prompt: Any, word: str, ids: list[int]) -> torch.Tensor:
