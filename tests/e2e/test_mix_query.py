@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_fusion.mix.query import QueryMixtureForCausalLM
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -14,6 +13,7 @@ from mix_fixtures import model, write
 from model_fusion.errors import InputError
 from model_fusion.mix import plan as planning
 from model_fusion.mix.build import build
+from model_fusion.mix.query import QueryMixtureForCausalLM
 from model_fusion.mix.routing import fixed, moe_layers, replaced, souped
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
