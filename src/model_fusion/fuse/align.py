@@ -153,7 +153,7 @@ def read(fused: FusedModel, items: Sequence[Any]) -> list[Item]:
     return out
 
 
-def spell(fused: FusedModel, items: Sequence[Item], *, steps: int = 300, learning_rate: float = 1e-2) -> float:
+def spell(fused: FusedModel, items: Sequence[Item], *, steps: int = 400, learning_rate: float = 3e-3) -> float:
     """Fit each expert's soft tokens to the LLM's own embeddings of its words, by least squares; returns the mean
     squared error as a share of the embeddings' mean square. A bridge without trained soft tokens is left alone."""
     error = 0.0
