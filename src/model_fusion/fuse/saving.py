@@ -100,7 +100,8 @@ def load_fused(
     fused = FusedModel(base, tokenizer, experts, source, reserved=config["reserved_ids"])
     fused.task = config.get("task")
     load_bridge(fused, "default", folder, config)
-    return fused.eval()
+    fused.eval()
+    return fused
 
 
 def load_bridge(fused: FusedModel, name: str, folder: str | Path, config: dict[str, Any] | None = None) -> None:
