@@ -172,6 +172,24 @@ def test_computing_once_changes_no_gradient(
 @every_architecture
 @every_bridge
 @torch.no_grad()
+def test_the_backbone_carries_the_signal_to_the_head(architecture: str, bridge: str) -> None:
+    """As TRL trains: the hidden states of `base_model`, put through the head by the trainer."""
+    fused = fx.build(architecture, fx.TRAINED[bridge])
+    batch = {key: value for key, value in train_batch(fused).items() if key != "labels"}
+    logits = fused(**batch).logits
+
+    def by_hand() -> Tensor:
+        out: Tensor = fused.get_output_embeddings()(fused.base_model(**batch).last_hidden_state)
+        return out
+
+    assert torch.equal(by_hand(), logits)
+    with fused.bridge_off():
+        assert not torch.allclose(by_hand(), logits, atol=1e-3)
+
+
+@every_architecture
+@every_bridge
+@torch.no_grad()
 def test_saving_keeps_every_bit(architecture: str, bridge: str, tmp_path: Path) -> None:
     fused = fx.build(architecture, fx.TRAINED[bridge])
     batch = train_batch(fused)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from model_fusion.checkpoint.llm import DEFAULT_LLM, LLMSource, load_llm, resolve_llm
 from model_fusion.errors import InputError
@@ -435,6 +435,17 @@ class FusedModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         module: nn.Module = self.base.get_output_embeddings()
         return module
+
+    @property
+    def base_model(self) -> Callable[..., BaseModelOutputWithPast]:
+        """The LLM below its head, with the bridge acting: `forward`'s arguments to the last hidden state [B, Q, H].
+        Trainers that apply the head themselves (TRL's) call it."""
+
+        def backbone(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+            out = FusedModel.forward(self, *args, **{**kwargs, "output_hidden_states": True, "logits_to_keep": 1})
+            return BaseModelOutputWithPast(out.hidden_states[-1], out.past_key_values)
+
+        return backbone
 
     def train(self, mode: bool = True) -> FusedModel:
         """The base stays in eval mode (GPT-2 has dropout); only the bridge follows `mode`."""
