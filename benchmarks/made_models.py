@@ -97,8 +97,14 @@ SIZES = {
 }
 
 
-def make(folder: Path, shape: Shape, seed: int, base_seed: int | None = None) -> Path:
-    """Write one checkpoint: a base (no `base_seed`), or the fine-tune number `seed` of that base."""
+def make(
+    folder: Path, shape: Shape, seed: int, base_seed: int | None = None, *, unique: bool = False, step: float = STEP
+) -> Path:
+    """Write one checkpoint: a base (no `base_seed`), or the fine-tune number `seed` of that base.
+
+    `step` is the fine-tune's standard deviation from its base. `unique` lengthens every tensor a little, each by
+    another number, so that no two have one shape (nothing can run such a model, but merging it is the same).
+    """
     folder.mkdir(parents=True)
     own = torch.Generator().manual_seed(seed)
     base = own if base_seed is None else torch.Generator().manual_seed(base_seed)
@@ -114,13 +120,14 @@ def make(folder: Path, shape: Shape, seed: int, base_seed: int | None = None) ->
         index.update(dict.fromkeys(shards[0], name))
         shards[0] = {}
 
-    for name, dims in shape.tensors():
+    for number, (name, plain) in enumerate(shape.tensors()):
+        dims = (plain[0] + number, *plain[1:]) if unique else plain
         tensor = torch.randn(dims, generator=base).mul_(SPREAD)
         if "norm" in name or "ln_" in name:
             tensor += 1.0 if name.endswith("weight") else 0.0
         tensor = tensor.bfloat16()
         if base_seed is not None:
-            tensor = torch.randn(dims, generator=own).mul_(STEP).add_(tensor).bfloat16()
+            tensor = torch.randn(dims, generator=own).mul_(step).add_(tensor).bfloat16()
         if shards[0] and size + tensor.nbytes > _SHARD:
             flush()
             size = 0

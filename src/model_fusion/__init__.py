@@ -9,12 +9,17 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
+    import model_fusion.mix as mix
+    from model_fusion.checkpoint.verify import verify
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
+    from model_fusion.merge.engine import merge
+    from model_fusion.merge.inspect import inspect
+    from model_fusion.merge.methods import merge_state_dicts
 
 __version__ = "0.1.0.dev0"
 
@@ -23,14 +28,17 @@ _HOMES = {
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
     "audit": "model_fusion.evaluate.audit",
+    "inspect": "model_fusion.merge.inspect",
+    "merge_state_dicts": "model_fusion.merge.methods",
+    "verify": "model_fusion.checkpoint.verify",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fuse":  # the verb and the package share a name: the package is callable
-        return importlib.import_module("model_fusion.fuse")
+    if name in ("fuse", "merge", "mix"):  # the verb and the package share a name: the package is callable
+        return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -56,4 +64,9 @@ __all__ = [
     "Tool",
     "audit",
     "fuse",
+    "inspect",
+    "merge",
+    "merge_state_dicts",
+    "mix",
+    "verify",
 ]

@@ -96,12 +96,12 @@ class Case:
 
 
 CASES = {
-    "torch": Case(lambda: Expert.from_torch(network(), TABLE, classes=NAMES), (1, 2), lambda: network(seed=9)),
+    "torch": Case(lambda: Expert.from_torch(network(), TABLE, classes=NAMES), (1, 4), lambda: network(seed=9)),
     "torch-tap": Case(
         lambda: Expert.from_torch(network(), TABLE, classes=NAMES, tap="1"), (1, 8), lambda: network(seed=9)
     ),
     "torch-value": Case(lambda: Expert.from_torch(network(1), TABLE), (1, 1), lambda: network(1, seed=9)),
-    "forest": Case(lambda: Expert.from_sklearn(forest(), TABLE), (1, 2)),
+    "forest": Case(lambda: Expert.from_sklearn(forest(), TABLE), (1, 4)),
     "forest-leaves": Case(lambda: Expert.from_sklearn(forest(), TABLE, tap="leaves"), (1, 10)),
     "forest-value": Case(
         lambda: Expert.from_sklearn(RandomForestRegressor(5, random_state=0).fit(X, VALUE), TABLE), (1, 1)
@@ -115,9 +115,9 @@ CASES = {
     ),
     "neighbours": Case(lambda: Expert.from_sklearn(scaled(), TABLE, tap="neighbours"), (3, 3)),
     "svm": Case(lambda: Expert.from_sklearn(LinearSVC().fit(X, Y), TABLE, tap="decision_function"), (1, 1)),
-    "onnx": Case(lambda: Expert.from_onnx(graph(), TABLE, classes=NAMES), (1, 2)),
+    "onnx": Case(lambda: Expert.from_onnx(graph(), TABLE, classes=NAMES), (1, 4)),
     "onnx-tap": Case(lambda: Expert.from_onnx(graph(), TABLE, classes=NAMES, tap="inner"), (1, 3)),
-    "callable": Case(lambda: Expert.from_callable(likely_stick, TABLE, classes=NAMES), (1, 2), lambda: likely_stick),
+    "callable": Case(lambda: Expert.from_callable(likely_stick, TABLE, classes=NAMES), (1, 4), lambda: likely_stick),
     "callable-value": Case(
         lambda: Expert.from_callable(lambda items: [t for t, _, _ in items], TABLE, output="value"),
         (1, 1),
@@ -143,6 +143,9 @@ def check_contract(expert: Expert, shape: tuple[int, int]) -> None:
     if isinstance(decision, ClassDecision):
         assert decision.log_probs.dtype == torch.float32
         assert torch.allclose(decision.log_probs.exp().sum(-1), torch.ones(len(ITEMS)), atol=1e-5)
+        if getattr(expert, "tap", "") == "output":
+            both = torch.cat([decision.log_probs, decision.log_probs.exp()], dim=-1)
+            assert torch.allclose(features.values[:, 0], both, atol=1e-6)
         best = decision.log_probs.argmax(-1).tolist()
         assert words == [decision.classes[index] for index in best]
     else:
@@ -212,13 +215,13 @@ def test_contract_goes_red_when_encoding_is_random(monkeypatch: pytest.MonkeyPat
     expert = CASES["torch"].build()
     monkeypatch.setattr(expert, "_tapped", lambda prepared: torch.randn(len(prepared), 2))
     with pytest.raises(AssertionError):
-        check_contract(expert, (1, 2))
+        check_contract(expert, (1, 4))
 
 
 def test_contract_goes_red_without_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScoredExpert, "_log_probs", lambda self, scores, form: scores)
     with pytest.raises(AssertionError):
-        check_contract(CASES["torch"].build(), (1, 2))
+        check_contract(CASES["torch"].build(), (1, 4))
 
 
 def test_roundtrip_goes_red_when_weights_are_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +232,7 @@ def test_roundtrip_goes_red_when_weights_are_not_filled(tmp_path: Path, monkeypa
 
 def test_dropout_is_off_and_the_modules_mode_is_left_alone() -> None:
     module = network().train()
-    check_contract(Expert.from_torch(module, TABLE, classes=NAMES), (1, 2))
+    check_contract(Expert.from_torch(module, TABLE, classes=NAMES), (1, 4))
     assert all(part.training for part in module.modules())
 
 

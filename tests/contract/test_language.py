@@ -18,7 +18,7 @@ from model_fusion.evaluate.language import (
     oracle_prompts,
     perplexity,
 )
-from model_fusion.fuse.bridges import Gated, Prefix, Tool
+from model_fusion.fuse.bridges import Gated, Tool
 from model_fusion.fuse.experts import Expert, Field, InputSchema
 from model_fusion.fuse.model import FusedModel
 
@@ -106,11 +106,18 @@ class _Once:
 
 
 def test_next_turns_show_both_speakers(fused: FusedModel) -> None:
-    fused.add_bridge("soft", Prefix(tokens=2))
+    fused.add_bridge("told", Tool())
     try:
-        (turn,) = next_turns(fused, beside(UNRELATED_PROMPTS[:1], "table"), [{"table": 1.0}], tokens=8)
+        (turn,) = next_turns(fused, "My table: <|table|>", UNRELATED_PROMPTS[:1], [{"table": 1.0}], tokens=8)
     finally:
         fused.set_bridge("default")
-        fused.remove_bridge("soft")
-    assert set(turn) == {"prompt", "fused", "oracle"}
-    assert turn["oracle"]
+        fused.remove_bridge("told")
+    assert turn["prompt"] == UNRELATED_PROMPTS[0]
+    assert turn["fused"] == turn["oracle"] != ""  # the tool bridge is the oracle
+
+
+def test_the_oracle_of_a_conversation(fused: FusedModel) -> None:
+    talk = [{"role": "user", "content": "<|table|>?"}, {"role": "assistant", "content": "hm, <|table|>"}]
+    (told,) = oracle_prompts(fused, [talk], [{"table": [-1.0, 1.0]}])
+    assert [message["content"] for message in told] == ["stick?", "hm, hit"]
+    assert [message["role"] for message in told] == ["user", "assistant"]

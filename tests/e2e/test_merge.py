@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_fixtures import LAYERS, PlainLinear, tensors, write
 from model_fusion.checkpoint.verify import verify
-from model_fusion.errors import IntegrityError
+from model_fusion.errors import InputError, IntegrityError
 from model_fusion.merge import engine
 from model_fusion.recipe.merge import parse
 
@@ -78,6 +78,29 @@ def test_task_arithmetic_keeps_the_base_apart_though_it_is_listed(room: Path) ->
         exact = base + 0.25 * (a[name].double() - base) + 0.25 * (b[name].double() - base)
         assert tensor.dtype == torch.float32
         assert torch.allclose(tensor.double(), exact, rtol=1e-5, atol=1e-6), name
+
+
+def test_a_base_that_is_not_listed_is_a_model_where_the_method_has_no_base(room: Path) -> None:
+    """As mergekit does for linear and karcher; it needs a weight then."""
+    recipe = {"merge_method": "linear", "base_model": "C", "models": [{"model": m} for m in "AB"], "dtype": "float32"}
+    out = run(room, recipe | {"parameters": {"weight": 0.5}})
+    a, b, c = (tensors(seed)["lm_head.weight"].double() for seed in range(3))
+    assert torch.allclose(load_file(out / "model.safetensors")["lm_head.weight"].double(), (a + b + c) / 3, atol=1e-6)
+    with pytest.raises(InputError, match="merges base_model c too, which has no weight"):
+        run(room, recipe, "other")
+
+
+def test_a_slice_may_have_a_base_of_its_own(room: Path) -> None:
+    def part(base: str, low: int, high: int) -> dict[str, Any]:
+        return {"base_model": base, "sources": [{"model": "A", "layer_range": [low, high]}]}
+
+    recipe = {"merge_method": "task_arithmetic", "slices": [part("B", 0, 2), part("C", 2, 4)], "dtype": "float32"}
+    got = load_file(run(room, recipe | {"parameters": {"weight": 0.5}}) / "model.safetensors")
+    a, b, c = (tensors(seed) for seed in range(3))
+    for name, tensor in got.items():
+        early = "embed" in name or ".0." in name or ".1." in name
+        exact = (a[name].double() + (b if early else c)[name].double()) / 2
+        assert torch.allclose(tensor.double(), exact, atol=1e-6), name
 
 
 def test_slerp_starts_at_the_base(room: Path) -> None:
@@ -181,6 +204,16 @@ def test_a_tied_head_is_not_written(tmp_path: Path) -> None:
     got = load_file(run(tmp_path, linear((1.0, 1.0))) / "model.safetensors")
     assert "lm_head.weight" not in got
     assert "model.embed_tokens.weight" in got
+
+
+def test_a_tied_model_s_head_is_its_embedding_beside_an_untied_one(room: Path) -> None:
+    state = tensors(1)
+    del state["lm_head.weight"]
+    write(room / "b", 1, state=state, tie_word_embeddings=True)
+    got = load_file(run(room, linear((1.0, 1.0))) / "model.safetensors")
+    exact = (tensors(0)["lm_head.weight"].float() + state["model.embed_tokens.weight"].float()) / 2
+    assert torch.equal(got["lm_head.weight"], exact.bfloat16())
+    assert verify(room / "out").inputs == ["a", "b"]
 
 
 def test_verify_passes_and_then_sees_one_changed_byte(room: Path) -> None:

@@ -1,13 +1,14 @@
 """Merges of many families: every tensor accounted for under its own name, and the output loads as it should."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from architecture_fixtures import MODELS, save
@@ -67,15 +68,15 @@ def test_every_tensor_is_merged_under_its_own_name(models: Path, tmp_path: Path,
     load(out)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma3", "mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma3", "mixtral", "qwen2_moe", "deepseek_v3", *VLMS])
 def test_stacked_layers_load_and_run(models: Path, tmp_path: Path, kind: str) -> None:
     slices = [
         {"sources": [{"model": f"{kind}-a", "layer_range": [0, 2]}]},
         {"sources": [{"model": f"{kind}-b", "layer_range": [1, 2]}]},
     ]
     model = load(run(models, tmp_path / "out", {"merge_method": "passthrough", "slices": slices}))
-    assert model.config.num_hidden_layers == 3
-    logits = model(torch.arange(6)[None]).logits
+    assert model.config.get_text_config().num_hidden_layers == 3
+    logits = model(torch.arange(10, 16)[None]).logits
     assert logits.isfinite().all()
 
 
@@ -113,6 +114,37 @@ def test_backbone_is_merged_with_a_text_model_and_the_tower_kept(
     load(out)
 
 
+NEW_NAMES = (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."))
+
+
+def as_newer(name: str) -> str:
+    """A Llava tensor's name in files written under transformers 4.52 and after."""
+    for old, new in NEW_NAMES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return f"model.{name}"
+
+
+@pytest.mark.parametrize("other", ["llava-b", "llama-b"])
+@pytest.mark.parametrize("newer_first", [True, False])
+def test_files_of_different_ages_are_one_architecture(
+    models: Path, tmp_path: Path, other: str, newer_first: bool
+) -> None:
+    shutil.copytree(models / "llava-a", tmp_path / "new")
+    a, b = weights(models / "llava-a"), weights(models / other)
+    save_file({as_newer(name): tensor for name, tensor in a.items()}, tmp_path / "new" / "model.safetensors")
+    pair = (str(tmp_path / "new"), other)
+    out = run(models, tmp_path / "out", mean(*(pair if newer_first else pair[::-1])))
+    got = weights(out)
+    old_names = other == "llava-b" and not newer_first
+    assert got.keys() == {name if old_names else as_newer(name) for name in a}
+    for name, tensor in a.items():
+        second = b.get(name if other == "llava-b" else text_name("llava", name), tensor)
+        exact = ((tensor.float() + second.float()) / 2).bfloat16()
+        assert torch.equal(got[name if old_names else as_newer(name)], exact), name
+    load(out)
+
+
 def test_a_tower_touched_by_the_merge_turns_the_vlm_test_red(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +178,21 @@ def test_modules_merge_their_part_and_copy_the_rest(models: Path, tmp_path: Path
     for name, tensor in got.items():
         assert torch.equal(tensor, ((a[name].float() + partner(name).float()) / 2).bfloat16()), name
     load(out)
+
+
+def test_a_module_may_be_sliced(models: Path, tmp_path: Path) -> None:
+    slices = [
+        {"sources": [{"model": "llava-a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "llama-b", "layer_range": [0, 1]}]},
+    ]
+    recipe = {"merge_method": "passthrough", "base_model": "llava-a", "modules": {"text_decoder": {"slices": slices}}}
+    out = run(models, tmp_path / "out", recipe)
+    a, b, got = weights(models / "llava-a"), weights(models / "llama-b"), weights(out)
+    assert load(out).config.text_config.num_hidden_layers == 3
+    for name, tensor in got.items():
+        head = "lm_head" in name or ".norm." in name  # the last slice gives what comes after the layers
+        source = text_name("llava", name.replace(".layers.2.", ".layers.0."))
+        assert torch.equal(tensor, b[source] if head or ".layers.2." in name else a[name]), name
 
 
 def test_encoder_and_decoder_are_modules(models: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Models with different vocabularies, merged by token: what is written is what transformers reads."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,10 @@ def test_merging_by_row_turns_the_union_test_red(models: Path, tmp_path: Path, m
         check(models, out, None)
 
 
-@pytest.mark.parametrize("source", ["base", "@b"])
+@pytest.mark.parametrize("source", ["base", "@b", "model:@b"])
 def test_one_model_s_tokenizer(models: Path, tmp_path: Path, source: str) -> None:
     extra = {"base_model": "@a"}
+    source = source.replace("model:@b", f"model:{models / 'b'}")
     out = run(models, tmp_path / "out", "a", "b", tokenizer_source=source, **extra)
     which = "a" if source == "base" else "b"
     assert tokens(out) == tokens(models / which)
@@ -130,6 +132,11 @@ def test_padding_stays_and_grows_to_a_multiple(models: Path, tmp_path: Path) -> 
     spec = {"source": "union", "pad_to_multiple_of": 48}
     out = run(models, tmp_path / "more", "p", "b", tokenizer=spec)
     assert weights(out)[HEAD].shape[0] == json.loads((out / "config.json").read_text())["vocab_size"] == 96
+
+
+def test_padding_that_differs_is_refused_with_the_way_out(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is \[40, 16\], .* has \[64, 16\] \(tokenizer_source: base"):
+        run(models, tmp_path / "out", "p", "a")
 
 
 def test_per_token_sources(models: Path, tmp_path: Path) -> None:
@@ -184,3 +191,31 @@ def test_refused_with_one_line(models: Path, tmp_path: Path, case: str) -> None:
         run(models, tmp_path / "out", "a", "b", **recipe)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no tokenizer": (lambda b: (b / "tokenizer.json").unlink(), "no tokenizer files"),
+    "damaged": (lambda b: (b / "tokenizer.json").write_text("{"), r"tokenizer\.json: not valid JSON"),
+    "another kind": (
+        lambda b: (b / "tokenizer.json").write_text(
+            json.dumps({"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"x{i}", 0.0] for i in range(48)]}})
+        ),
+        "different kinds",
+    ),
+    "two tokens of one id": (
+        lambda b: (b / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0, "y": 0}}})),
+        "share id 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_tokenizer_files_that_cannot_be_united(models: Path, tmp_path: Path, case: str) -> None:
+    change, message = FILES[case]
+    room = tmp_path / "room"
+    shutil.copytree(models, room)
+    change(room / "b")
+    with pytest.raises(InputError, match=message) as caught:
+        run(room, tmp_path / "out", "a", "b", tokenizer_source="union")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["room"]

@@ -183,3 +183,25 @@ def test_the_command_line_prints_a_summary(
     said = capsys.readouterr().out
     assert f"unchanged: {len(tensors(0))} tensors" in said
     assert "unchanged inputs: a, b+adapter" in said
+
+
+def linear(*names: str, **more: object) -> dict[str, object]:
+    return {"merge_method": "linear", "models": [{"model": n, "parameters": {"weight": 1}} for n in names], **more}
+
+
+def test_filled_and_intermediate_tensors_are_checked_where_they_came_from(tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        write(tmp_path / name, seed)
+    state = tensors(1)
+    state.pop("model.norm.weight")
+    write(tmp_path / "b", 1, state=state)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(json.dumps(linear("a", "b")))
+    out = engine.merge(recipe, tmp_path / "filled", fill_missing="a")
+    assert verify(out).inputs == ["a", "b"]
+    recipe.write_text(f"{json.dumps(linear('a', 'c', name='inner'))}\n---\n{json.dumps(linear('inner', 'c'))}\n")
+    out = engine.merge(recipe, tmp_path / "chained")
+    assert (verify(out).inputs, verify(out).unread) == (["a", "c"], [])
+    flip(tmp_path / "a/model.safetensors")  # seen through the merge in between
+    with pytest.raises(ModelFusionError, match=r"a/model.safetensors: input tensor 'model.norm.weight' changed"):
+        verify(out)

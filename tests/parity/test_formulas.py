@@ -115,7 +115,7 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
     "della_linear": [drop_weight, change(dare, "l1_ratio", lambda real, b, a: 1.0)],
     "model_stock": [change(model_stock, "_ratio", lambda real, c, n: real(c, n) * 0.99)],
     "sce": [change(sce, "elected_sign", lambda real, deltas: torch.zeros_like(real(deltas)))],
-    "arcee_fusion": [change(arcee_fusion, "_quartiles", lambda real, v: (*real(v)[:2], 2 * real(v)[2] + 0.1))],
+    "arcee_fusion": [change(arcee_fusion, "_quartile_threshold", lambda real, *a: 1.5 * real(*a))],
     "nearswap": [forget("t", 0.25)],
     "ram": [forget("epsilon", 0.1)],
     "ramplus_tl": [forget("alpha", 0.0), forget("r", 0.2)],

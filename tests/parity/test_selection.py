@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from model_fusion.merge.methods import Key, della, get, random_masks, selection
 from model_fusion.merge.methods.blocks import delta_blocks, sizes
+from model_fusion.merge.methods.compiled import kernel
 from model_fusion.merge.methods.della import Ranked
 from model_fusion.merge.methods.selection import Cut, cuts
 
@@ -101,16 +102,51 @@ def ranks_right(kind: int, rows: int, columns: int, seed: int) -> bool:
     return bool(np.array_equal(got, np.round(2 * rank) > 2 * limit))
 
 
+def without_kernel(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(della, "kernel", lambda name: None)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 3), st.integers(1, 6), st.integers(2, 90), st.integers(0, 999))
-def test_ranks_within_rows_are_mean_ranks(kind: int, rows: int, columns: int, seed: int) -> None:
-    assert ranks_right(kind, rows, columns, seed)
+@given(kind=st.integers(0, 3), rows=st.integers(1, 6), columns=st.integers(2, 200), seed=st.integers(0, 999))
+def test_ranks_within_rows_are_mean_ranks(compiled: bool, kind: int, rows: int, columns: int, seed: int) -> None:
+    assert kernel("above_rank") is not None
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            without_kernel(patch)
+        assert ranks_right(kind, rows, columns, seed)
 
 
 def test_the_rank_check_goes_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernel(monkeypatch)
     real = della._rank_inside
     monkeypatch.setattr(della, "_rank_inside", lambda *a: real(*a) + 0.5)
     assert not all(ranks_right(kind, 5, 80, seed) for kind in range(4) for seed in range(10))
+
+
+def same_bytes_without_kernel(columns: int) -> bool:
+    """della of heavily tied bf16 models, with the kernel and without it."""
+    g = torch.Generator().manual_seed(0)
+    base = (torch.randn(90, columns, generator=g) * 0.02).bfloat16()
+    models = [(base + torch.randn(90, columns, generator=g) * 5e-4).bfloat16() for _ in range(2)]
+    each, runs = [Ranked(density=0.5)] * 2, []
+    for off in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if off:
+                without_kernel(patch)
+            runs.append(get("della").run(models, base, each, None, Key(2, "w")))
+    return bool(torch.equal(runs[0].view(torch.int32), runs[1].view(torch.int32)))
+
+
+def test_the_compiled_path_writes_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(same_bytes_without_kernel(columns) for columns in (2, 333, 1536))
+    real = kernel("above_rank")
+
+    def wrong(bits: Any, limit: Any, shift: int, width: int, keep: Any) -> None:
+        real(bits, limit + np.float32(0.5), shift, width, keep)
+
+    monkeypatch.setattr(della, "kernel", lambda name: wrong)
+    assert not same_bytes_without_kernel(1536)
 
 
 def kept_shares(delta: torch.Tensor, p: Ranked) -> np.ndarray[Any, np.dtype[np.float64]]:

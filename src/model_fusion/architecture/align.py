@@ -41,26 +41,40 @@ def backbone(names: Sequence[str]) -> list[str]:
 
 def aligned(names: Sequence[str], template: Sequence[str]) -> dict[str, str]:
     """Template name → own name, for each of `names`; a name without a counterpart keeps itself."""
-    known = set(template)
+    known, by_end = set(template), _by_end(template)
     own, other = main_stack(names), main_stack(template)
+    swap = (_root(own[0]), _root(other[0])) if own and other else ("", "")
     result: dict[str, str] = {}
     for name in names:
-        result[_counterpart(name, known, own[0] if own else "", other[0] if other else "")] = name
+        moved = swap[1] + name.removeprefix(swap[0]) if name.startswith(swap[0]) else name
+        if name not in known and moved not in known:
+            moved = _by_its_end(name, known, by_end)
+        result[name if name in known else moved] = name
     return result
 
 
-def _counterpart(name: str, known: set[str], own: str, other: str) -> str:
-    if name in known:
-        return name
-    if own and other and own != other:
-        start, end = (stack.rpartition(".")[0] for stack in (own, other))
-        inner = name.removeprefix(start + ".") if start else name
-        if inner != name or not start:
-            moved = f"{end}.{inner}" if end else inner
-            if moved in known:
-                return moved
-    near = [n for n in known if n.endswith("." + name) or name.endswith("." + n)]
-    near = [n for n in near if role_of(n).role != "tower"]
+def _root(stack: str) -> str:
+    """`model.` of `model.layers`, empty where a stack stands at the top."""
+    return stack.rpartition(".")[0] + "." if "." in stack else ""
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
+
+
+def _by_end(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for end in _ends(name):
+            found.setdefault(end, []).append(name)
+    return found
+
+
+def _by_its_end(name: str, known: set[str], by_end: Mapping[str, list[str]]) -> str:
+    """The one name of the same part (tower or language model) that is this one with a longer or shorter prefix."""
+    near = [*by_end.get(name, []), *(end for end in _ends(name) if end in known)]
+    near = [n for n in near if (role_of(n).role == "tower") == (role_of(name).role == "tower")]
     return near[0] if len(near) == 1 else name
 
 

@@ -76,17 +76,25 @@ def before_layers(name: str) -> bool:
     return role_of(name).role in ("embedding", "tower") or "embed" in name
 
 
-def tied(config: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups of names that are one tensor: the head and the input embedding, where the config ties them."""
+def ties(config: Mapping[str, Any]) -> bool:
+    """Whether head and input embedding are one tensor."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     # transformers' default is tied; the families that untie say so in their config
-    if not config.get("tie_word_embeddings", inner if inner is not None else True):
-        return []
+    return bool(config.get("tie_word_embeddings", inner if inner is not None else True))
+
+
+def heads(names: Iterable[str]) -> list[str]:
+    """The language-model heads among the names."""
+    return [name for name in names if name.endswith(_HEADS)]
+
+
+def tied(config: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of names that are one tensor: the head and the input embedding, where the config ties them."""
     known = list(names)
     embedding = next((name for name in known if _EMBEDDINGS.search(name)), None)
-    heads = [name for name in known if name.endswith(_HEADS)]
-    return [(embedding, *heads)] if embedding and heads else []
+    found = heads(known)
+    return [(embedding, *found)] if ties(config) and embedding and found else []
 
 
 def input_embedding(names: Iterable[str]) -> str | None:

@@ -95,6 +95,8 @@ def _parameters(record: Mapping[str, Any]) -> str:
             rows.append((name, _plain(whole[name]), "recipe"))
         else:
             rows.append((name, _plain(record["defaults"][name]), "default"))
+    if record["kind"] == "mix":
+        return f"`{record['method']}`: the notes and the recipe say all."
     if not rows:
         return f"`{record['method']}` takes no parameters."
     return f"`{record['method']}`, seed {record['seed']}.\n\n" + _table(("parameter", "value", "from"), rows)

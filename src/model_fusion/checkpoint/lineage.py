@@ -102,3 +102,13 @@ def licence_of(folder: Path) -> str | None:
     head = takewhile(lambda line: line.strip() != "---", lines[1:])
     found = next((line for line in head if line.startswith("license:")), "")
     return found.partition(":")[2].strip().strip("'\"") or None
+
+
+def amend(record: Mapping[str, Any], changed: Mapping[str, str], note: str, **more: Any) -> bytes:
+    """The lineage of a folder some of whose tensors were made anew (name → SHA-256): `note` joins the notes, `more`
+    is kept beside it."""
+    tensors = {name: dict(entry) for name, entry in record["tensors"].items()}
+    for name, digest in changed.items():
+        tensors[name] |= {"sha256": digest}
+    whole = {**record, "tensors": tensors, "notes": [*record["notes"], note], **more}
+    return json.dumps(whole, indent=1, ensure_ascii=False).encode() + b"\n"

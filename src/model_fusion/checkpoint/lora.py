@@ -58,6 +58,11 @@ class AdaptedCheckpoint(Checkpoint):
         """Conv1D and embeddings store [in, out]. peft goes by the module's class too, not by fan_in_fan_out."""
         return pair.embedding or role_of(target, self.config).transposed
 
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the tensors that the adapter changes."""
+        return [*self._pairs, *self._saved]
+
     def read(self, name: str) -> Tensor:
         """The tensor with its adapter, float32 where there is one (rounded only in the output)."""
         weight = map_tensor(self._saved[name]) if name in self._saved else super().read(name)

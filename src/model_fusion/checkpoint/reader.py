@@ -3,19 +3,25 @@
 import json
 import mmap
 import pickle
+import re
 import threading
-from collections.abc import Iterator
+import warnings
+import zipfile
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from model_fusion.checkpoint.formats import Entry, TensorSpec, read_header
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source
 from model_fusion.errors import InputError
 
+# tensors that stand beside packed weights: GPTQ and AWQ, FP8, bitsandbytes, compressed-tensors
+_PACKED = re.compile(r"\.(qweight|qzeros|weight_scale|weight_scale_inv|absmax|quant_map|SCB|weight_packed)$")
 _QUANTISED = ("quantization_config", "compression_config")
 
 
@@ -32,6 +38,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+place_of: MutableMapping[Tensor, Entry] = WeakIdKeyDictionary()
+"""Where a tensor that `read` returned lies on disk, for as long as that very tensor is alive."""
+
+
 class Checkpoint:
     """A folder's config and tensors. `specs` is known after opening; `read` maps one tensor.
 
@@ -42,7 +52,7 @@ class Checkpoint:
         self.source = source
         self.folder = source.folder
         config = self.folder / "config.json"
-        self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self.config: dict[str, Any] = read_json(config) if config.is_file() and not source.file else {}
         for key in _QUANTISED:
             if self.config.get(key):
                 raise InputError(f"{config}: quantised weights ({key}) cannot be merged; dequantise them first")
@@ -51,8 +61,17 @@ class Checkpoint:
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._open()
+        packed = next((name for name in self.names if _PACKED.search(name)), None)
+        if packed is not None:
+            raise InputError(f"{self.file_of(packed)}: {packed!r} belongs to quantised weights; dequantise them first")
 
     def _open(self) -> None:
+        if self.source.file is not None:
+            if self.source.file.suffix == ".safetensors":
+                self._add(read_header(self.source.file))
+            else:
+                self._load_pickle(self.source.file)
+            return
         index, bin_index = (self.folder / f"{n}.index.json" for n in ("model.safetensors", "pytorch_model.bin"))
         single = self.folder / "model.safetensors"
         if index.is_file():
@@ -104,12 +123,16 @@ class Checkpoint:
 
     def _load_pickle(self, file: Path) -> None:
         try:
-            table = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on old pickle protocols
+                # files of torch before 1.6 are no zip archives and cannot be mapped
+                table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
             reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "damaged"
             raise InputError(f"{file}: refused ({reason}); save it as safetensors") from error
-        if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
-            table = table["state_dict"]
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(table, dict) and isinstance(table.get(key), dict):
+                table = table[key]
         if not isinstance(table, dict):
             raise InputError(f"{file}: not a state dict")
         for name, tensor in table.items():
@@ -138,6 +161,8 @@ class Checkpoint:
 
     def files(self) -> dict[str, bytes]:
         """The small files (tokenizer, chat template …) that belong in an output, by name."""
+        if self.source.file is not None:
+            return {}
         return {name: (self.folder / name).read_bytes() for name in small_files(self.folder)}
 
     def same(self, first: str, second: str) -> bool:
@@ -172,7 +197,9 @@ def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
     if count == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = _map(entry.file) if mapped is None else mapped
-    return torch.frombuffer(buffer, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+    tensor = torch.frombuffer(buffer, dtype=entry.dtype, count=count, offset=entry.begin).view(entry.shape)
+    place_of[tensor] = entry
+    return tensor
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

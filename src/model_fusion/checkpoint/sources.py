@@ -1,6 +1,8 @@
-"""Where a model's files are: a local folder, a hub id with a revision, or `base+lora`.
+"""Where a model's files are: a local folder, a hub id with a revision, `base+lora`, a GGUF file, a state dict in one
+file, or an embedded model of an installed package.
 
-Knows nothing about tensors. Hub access is imported only when a hub id is really asked for.
+Knows nothing about tensors. Hub access is imported only when a hub id is really asked for; a GGUF file is turned into
+plain safetensors once, in a local cache.
 """
 
 import os
@@ -8,19 +10,28 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_fusion.checkpoint.llm import EMBEDDED, resolve_llm
 from model_fusion.errors import InputError, MissingDependencyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt"]
+_STATE_DICTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One resolved input: its text in the recipe, its folder, and the folder of a LoRA adapter on top."""
+    """One resolved input: its text in the recipe, its folder, and the folder of a LoRA adapter on top. `file` is set
+    where the model is a bare state dict: the one file of the folder that counts."""
 
     spec: str
     folder: Path
     adapter: Path | None = None
+    file: Path | None = None
+
+    @property
+    def places(self) -> list[Path]:
+        """Files and folders that the model is read from."""
+        return [self.file or self.folder, *([self.adapter] if self.adapter else [])]
 
 
 def resolve(spec: str, relative_to: Path | None = None, *, offline: bool = False) -> Source:
@@ -30,7 +41,7 @@ def resolve(spec: str, relative_to: Path | None = None, *, offline: bool = False
     """
     whole = _local(spec, relative_to)
     if whole is not None:
-        return Source(spec, whole)
+        return Source(spec, whole.parent, file=whole) if whole.suffix in _STATE_DICTS else Source(spec, whole)
     base, plus, adapter = spec.partition("+")
     if plus and base and adapter:
         return Source(spec, _folder(base, relative_to, offline), _folder(adapter, relative_to, offline))
@@ -38,20 +49,32 @@ def resolve(spec: str, relative_to: Path | None = None, *, offline: bool = False
 
 
 def _local(text: str, relative_to: Path | None) -> Path | None:
+    """A local folder, or the file of a bare state dict; a GGUF file's or an embedded model's folder in the cache."""
     path = Path(text).expanduser()
     candidates = [path] if relative_to is None or path.is_absolute() else [path, relative_to / path]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate.resolve()
         if candidate.is_file():
-            raise InputError(f"{text!r} is a file; give the folder that holds config.json and the weights")
+            if candidate.suffix == ".gguf":
+                return Path(resolve_llm(candidate).path)
+            if candidate.suffix in _STATE_DICTS:
+                return candidate.resolve()
+            kinds = ", ".join((*_STATE_DICTS, ".gguf"))
+            raise InputError(f"{text!r} is a file; give the folder that holds config.json and the weights, or {kinds}")
+    if text in EMBEDDED:
+        found = resolve_llm(text)
+        return Path(found.path) if found.hash else None
     return None
 
 
 def _folder(text: str, relative_to: Path | None, offline: bool) -> Path:
     found = _local(text, relative_to)
+    if found is not None and found.is_file():
+        raise InputError(f"{text!r} is a bare state dict; an adapter goes on a folder with a config.json")
     if found is not None:
         return found
+    text = EMBEDDED[text][2] if text in EMBEDDED else text  # its package is not installed: the hub has it too
     name, _, revision = text.partition("@")
     looks_like_path = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.sep + os.sep in text
     if looks_like_path or "/" not in name or not _HUB_ID.fullmatch(name):

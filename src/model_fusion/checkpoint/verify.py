@@ -39,21 +39,22 @@ class Verified:
 
 
 def verify(
-    folder: Path,
+    folder: Path | str,
     *,
     models: Path | None = None,
     inputs: bool = True,
     threads: int = 0,
-    step: Callable[[], object] = lambda: None,
+    step: Callable[[int], object] = lambda total: None,
 ) -> Verified:
     """Recompute every recorded hash.
 
     **Arguments**
     models: the folder that relative model names start from; without it, the current folder and the output's parent.
-    inputs: whether to read the inputs too. `step` is called after each tensor.
+    inputs: whether to read the inputs too. `step` is called after each tensor with their number.
 
     **Raises** `IntegrityError` naming file and tensor of what changed; `InputError` where there is no lineage.
     """
+    folder = Path(folder)
     record, digest = read_lineage(folder)
     problems = _files(folder, record["files"])
     checkpoint = Checkpoint(Source(str(folder), folder))
@@ -61,18 +62,19 @@ def verify(
     odd = sorted(set(tensors) ^ set(checkpoint.names))
     problems += [f"{folder}: tensor {name!r} was {'removed' if name in tensors else 'added'}" for name in odd]
     problems += _loose(folder, record["files"], {checkpoint.file_of(name).name for name in checkpoint.names})
+    own = [name for name in tensors if name in checkpoint]
+    wanted = _inputs(tensors, [parent["model"] for parent in record["parents"]]) if inputs else {}
+    tick = partial(step, len(own) + sum(len(hashes) for hashes in wanted.values()))
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
-        own = [name for name in tensors if name in checkpoint]
-        problems += _kept(pool.map(lambda name: _output(checkpoint, name, tensors[name], step), own))
+        problems += _kept(pool.map(lambda name: _output(checkpoint, name, tensors[name], tick), own))
         result = Verified(len(tensors), len(record["files"]), digest)
-        wanted = _inputs(tensors, [parent["model"] for parent in record["parents"]]) if inputs else {}
         for model, hashes in wanted.items():
             parent = _find(model, [models] if models else [None, folder.resolve().parent])
             if parent is None:
                 result.unread.append(model)
                 continue
             names = sorted({label.partition("+lora_")[0] for label in hashes})
-            problems += _kept(pool.map(partial(_input, parent, hashes, step), names))
+            problems += _kept(pool.map(partial(_input, parent, hashes, tick), names))
             result.inputs.append(model)
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

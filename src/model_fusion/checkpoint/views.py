@@ -1,4 +1,4 @@
-"""Checkpoints seen through a change: other names, other rows, filled gaps. Nothing is copied until it is read."""
+"""Checkpoints seen through a change (other names, other rows), and one that is only planned. Reads nothing early."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,37 +103,6 @@ class Planned(Checkpoint):
         raise InputError(f"{self.source.spec}: not merged yet, so {name!r} cannot be read")
 
 
-class Filled(View):
-    """`inner`, with the tensors that it lacks taken from `other`."""
-
-    def __init__(self, inner: Checkpoint, other: Checkpoint) -> None:
-        super().__init__(inner)
-        self._other = other
-        self._absent = [name for name in other.names if name not in inner]
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.inner.names, *self._absent]
-
-    def _holder(self, name: object) -> Checkpoint:
-        return self.inner if name in self.inner else self._other
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._holder(name)
-
-    def spec(self, name: str) -> TensorSpec:
-        return self._holder(name).spec(name)
-
-    def file_of(self, name: str) -> Path:
-        return self._holder(name).file_of(name)
-
-    def stored(self, name: str) -> dict[str, Tensor]:
-        return self._holder(name).stored(name)
-
-    def read(self, name: str) -> Tensor:
-        return self._holder(name).read(name)
-
-
 class Remade(View):
     """`inner`, with some tensors made anew: `made` maps a name to its shape and to a function that makes it."""
 
@@ -147,3 +116,7 @@ class Remade(View):
 
     def read(self, name: str) -> Tensor:
         return self._made[name][1]() if name in self._made else self.inner.read(name)
+
+    def same(self, first: str, second: str) -> bool:
+        alike = (first in self._made) == (second in self._made)  # made from rows of the same numbers, or not at all
+        return self.inner.same(first, second) if alike else super().same(first, second)

@@ -4,11 +4,13 @@ A journal in the partial folder, keyed by recipe and inputs, lets a killed run c
 again before use.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from model_fusion.checkpoint.output_folder import pwrite as _pwrite
 from model_fusion.errors import InputError
 
 _BLOCK = 1 << 22
+_SPAN, _SPANS = 1 << 24, 8
+"""Bytes pushed to the disk at once, and how many such spans stay in memory behind them."""
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -51,6 +55,7 @@ class CheckpointWriter(OutputFolder):
         self.done: dict[str, str] = {}
         self.inputs_of: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
+        self._pushed: deque[tuple[int, int, int]] = deque()
         self._shards = _plan_shards(specs, shard_size)
         self._place: dict[str, tuple[int, int, TensorSpec]] = {}
         self._headers: list[tuple[bytes, int]] = []
@@ -116,7 +121,7 @@ class CheckpointWriter(OutputFolder):
         """As `write`, from the flat tensor's consecutive parts; each is written before the next is asked for."""
         number, offset, spec = self._place[name]
         digest = hashlib.sha256()
-        written = 0
+        written = pushed = 0
         for part in parts:
             data = as_bytes(part)
             if part.dtype != spec.dtype or written + len(data) > spec.nbytes:
@@ -127,11 +132,15 @@ class CheckpointWriter(OutputFolder):
             except OSError as error:
                 raise _explain(error, self.target) from error
             written += len(data)
+            if written - pushed >= _SPAN:
+                self._push(self._files[number], offset + pushed, written - pushed)
+                pushed = written
+        if written - pushed >= _SPAN >> 4:
+            self._push(self._files[number], offset + pushed, written - pushed)
         if written != spec.nbytes:
             raise InputError(f"tensor {name!r}: planned {spec.nbytes} bytes, got {written}")
         record = {"name": name, "sha256": digest.hexdigest(), "inputs": dict(inputs or {})}
         try:
-            _start_writeback(self._files[number], offset, written)
             with self._lock:
                 os.write(self._journal, json.dumps(record).encode() + b"\n")
                 self.inputs_of[name] = dict(inputs or {})
@@ -139,6 +148,22 @@ class CheckpointWriter(OutputFolder):
         except OSError as error:
             raise _explain(error, self.target) from error
         return digest.hexdigest()
+
+    def _push(self, file: int, offset: int, size: int) -> None:
+        """Have the kernel begin to write a span, and forget an older one, by now on the disk.
+
+        So the final fsync finds little left, and an output of any size passes through the same few pages of memory:
+        it pushes nothing else out of the page cache, and costs no fresh pages.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self._lock:
+            self._pushed.append((file, offset, size))
+            old = self._pushed.popleft() if len(self._pushed) > _SPANS else None
+        with contextlib.suppress(OSError):  # advice: a file system may refuse it
+            os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
+            if old is not None:
+                os.posix_fadvise(*old, os.POSIX_FADV_DONTNEED)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, make all durable, and put the folder at the target."""
@@ -181,12 +206,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _start_writeback(file: int, offset: int, size: int) -> None:
-    """Ask the kernel to begin writing what was just written, so that the final fsync finds little left."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _digest(file: int, offset: int, size: int) -> str:

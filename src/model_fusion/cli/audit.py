@@ -8,7 +8,7 @@ import typer
 def audit(
     folder: Path = typer.Argument(help="A saved fusion."),
     task: str = typer.Option("", help="Task to audit on; default: the one the fusion recorded."),
-    examples: Path = typer.Option(None, help="Your own examples (.jsonl or YAML: prompt, inputs, answer)."),
+    examples: Path = typer.Option(None, help="Your own examples (.jsonl or .csv: prompt, inputs, answer)."),
     seeds: int = typer.Option(None, min=1, help="Trainings of everything that trains; default 5, with --quick 2."),
     json_file: Path = typer.Option(None, "--json", help="Write the report as JSON."),
     html_file: Path = typer.Option(None, "--html", help="Write the report as one HTML page."),

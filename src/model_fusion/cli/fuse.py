@@ -14,4 +14,6 @@ def fuse(
     """Give a frozen LLM the skill of small experts, as a recipe says."""
     from model_fusion.run.fuse import fuse as run  # torch loads here, not for --help
 
-    typer.echo(str(run(recipe, output, overwrite=overwrite, resume=resume)))
+    result = run(recipe, output, overwrite=overwrite, resume=resume)
+    if result.written:
+        typer.echo(str(result))

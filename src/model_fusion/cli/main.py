@@ -12,8 +12,11 @@ from model_fusion.cli.audit import audit
 from model_fusion.cli.chat import chat
 from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
+from model_fusion.cli.inspect import inspect
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
+from model_fusion.cli.mix import app as mix
+from model_fusion.cli.stack import stack
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
@@ -36,8 +39,11 @@ app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("stack")(stack)
 app.command("verify")(verify)
+app.command("inspect")(inspect)
 app.add_typer(lora, name="lora")
+app.add_typer(mix, name="mix")
 
 
 def main() -> None:

@@ -28,19 +28,34 @@ def merge(
     threads: int = typer.Option(0, min=0, help="Worker threads; 0 means one per core."),
     shard_size: str = typer.Option("5GB", help="Largest weight file."),
     allow_nan: bool = typer.Option(False, help="Merge tensors that hold NaN or Inf."),
-    dry_run: bool = typer.Option(False, help="Check everything and print the plan; write nothing."),
+    device: str = typer.Option("cpu", help="Where tensors are combined: cpu, cuda, cuda:1 …"),
+    fill_missing: str = typer.Option(None, help="Model (or base) that gives the tensors another model lacks."),
+    trust_remote_code: bool = typer.Option(False, help="Copy the Python files that a model's loader runs."),
+    dry_run: bool = typer.Option(False, help="Check everything, print plan, bytes and expected time; write nothing."),
 ) -> None:
     """Merge models of one architecture as a recipe says."""
+    from model_fusion.checkpoint.ahead import Ahead
+
+    ahead = None if dry_run else Ahead(recipe)
     gc.disable()  # importing torch makes a million objects and no garbage: collecting costs a fifth of the start
     from model_fusion.merge import engine  # torch loads here, not for --help
 
     gc.freeze()
     gc.enable()
     if dry_run:
-        work = engine.plan(recipe)
-        size = sum(item.spec.nbytes for item in work.outputs)
-        count = len(work.checkpoints)
-        typer.echo(f"{work.method.name}: {count} models, {len(work.outputs)} tensors, {size / 1e9:.3f} GB")
+        from model_fusion.merge.dry_run import dry_run as foresee
+        from model_fusion.report.forecast import forecast
+
+        found = foresee(
+            recipe,
+            output,
+            overwrite=overwrite,
+            threads=threads,
+            device=device,
+            fill_missing=fill_missing,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(forecast(found))
         return
     folder = engine.merge(
         recipe,
@@ -50,5 +65,9 @@ def merge(
         threads=threads,
         shard_size=parse_size(shard_size),
         allow_nan=allow_nan,
+        device=device,
+        fill_missing=fill_missing,
+        trust_remote_code=trust_remote_code,
+        ahead=ahead,
     )
     typer.echo(f"wrote {folder}")

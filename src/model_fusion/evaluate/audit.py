@@ -68,13 +68,15 @@ class Cell:
 
 
 def cells(settings: AuditSettings, label_count: int) -> list[Cell]:
-    """Every cell in the order of running: what needs no training first, then seed by seed."""
+    """Every cell in the order of running: what needs no training, then seed by seed, the few-label curve last."""
     chosen = [c for key, c in CONTROLS.items() if settings.controls is None or key in settings.controls]
     found = [Cell(control, 0, None) for control in chosen if not control.seeded]
+    few = [count for count in settings.curve if count < label_count]
     for seed in range(settings.seeds):
         found += [Cell(control, seed, None) for control in chosen if control.seeded]
-        few = [count for count in settings.curve if count < label_count]
-        found += [Cell(control, seed, count) for control in chosen if control.curve for count in few]
+        found += [Cell(control, seed, FEW) for control in chosen if control.curve and FEW in few]
+    for seed in range(settings.seeds):
+        found += [Cell(control, seed, count) for control in chosen if control.curve for count in few if count != FEW]
     return found
 
 
@@ -169,7 +171,7 @@ def run_audit(
             bar.advance(line)
     finally:
         trials.close()
-    return {
+    report = {
         "format": 1,
         "fusion": {
             "folder": fusion,
@@ -200,6 +202,8 @@ def run_audit(
         "speech": kept.cells["speech"],
         "answers": _answers(trials, kept.cells),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(report))
+    return plain
 
 
 def _run(trials: Trials, cell: Cell) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 
 from model_fusion.errors import InputError
 from model_fusion.evaluate.linear_head import linear_head
-from model_fusion.evaluate.trials import Trials
+from model_fusion.evaluate.trials import Trials, answers
 from model_fusion.fuse.bridges import BridgeConfig, Logit, Tool
 from model_fusion.fuse.experts.base import Expert
 from model_fusion.fuse.experts.reading import stack
@@ -19,7 +19,12 @@ from model_fusion.fuse.fit import Example
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import placeholder
 
-TOLD = "{prompt}\nSomeone who knows the answer says: {words}. Give this answer."
+TOLD = {
+    "in a sentence after the question": "{prompt}\nSomeone who knows the answer says: {words}. Give this answer.",
+    "to be repeated": "The right answer is: {words}\nRepeat the right answer in one word.",
+    "as a hint": "{prompt} (Hint: the answer is {words}.)",
+}
+"""Ways to tell the answer. An LLM may follow one and not another: the best of them is the ceiling."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +96,19 @@ def expert_alone(trials: Trials, seed: int, labels: int | None) -> list[Outcome]
 
 @control("2", "the LLM alone, told the input in words", "the floor: what text can do")
 def in_words(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
-    texts = _tell(trials, lambda question, item: _filled(trials, question, trials.task.in_words(item)))
+    asked = zip(trials.questions, trials.items(), strict=True)
+    texts = _tell(trials, [_filled(trials, question, trials.task.in_words(item)) for question, item in asked])
     return [Outcome(trials.scores(texts), texts)]
 
 
 @control("3", "text oracle: the LLM told the expert's answer", "the ceiling of what this LLM can do with it")
 def text_oracle(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
-    words = iter(trials.expert.describe(trials.items()))
-
-    def told(question: Example, item: Any) -> str:
-        said = next(words)
-        return TOLD.format(prompt=_filled(trials, question, said), words=said)
-
-    texts = _tell(trials, told)
-    return [Outcome(trials.scores(texts), texts)]
+    words, found = trials.expert.describe(trials.items()), []
+    for variant, form in TOLD.items():
+        asked = zip(trials.questions, words, strict=True)
+        texts = _tell(trials, [form.format(prompt=_filled(trials, q, said), words=said) for q, said in asked])
+        found.append(Outcome(trials.scores(texts), texts, variant))
+    return found
 
 
 @control("4a", "the expert's signal zeroed", "the answer ignores the expert", seeded=True)
@@ -233,16 +237,12 @@ def shuffle(count: int, seed: int) -> list[int]:
 
 
 def swap(decided: Sequence[str], seed: int) -> list[int]:
-    """For each row, a row drawn by the seed among those decided otherwise. Raises NotApplicable without any."""
-    order, found = shuffle(len(decided), seed), []
-    for row, decision in enumerate(decided):
-        start = order[row]
-        others = (i % len(decided) for i in range(start, start + len(decided)))
-        chosen = next((i for i in others if decided[i] != decision), None)
-        if chosen is None:
-            raise NotApplicable("the expert decides the same on every input")
-        found.append(chosen)
-    return found
+    """For each row, one drawn evenly by the seed from all rows decided otherwise. Raises NotApplicable without any."""
+    others = {d: [i for i, other in enumerate(decided) if other != d] for d in set(decided)}
+    if not all(others.values()):
+        raise NotApplicable("the expert decides the same on every input")
+    rng = np.random.default_rng(seed)
+    return [int(rng.choice(others[decision])) for decision in decided]
 
 
 def _rearranged(trials: Trials, seed: int, source: Sequence[int]) -> Outcome:
@@ -273,9 +273,8 @@ def _filled(trials: Trials, question: Example, words: str) -> str:
     return question.prompt.replace(placeholder(trials.name), words)
 
 
-def _tell(trials: Trials, prompt: Callable[[Example, Any], str]) -> list[str]:
-    """The plain LLM's answers to prompts made from each question and the audited expert's input."""
-    told = [prompt(question, question.inputs[trials.name]) for question in trials.questions]
+def _tell(trials: Trials, told: Sequence[str]) -> list[str]:
+    """The plain LLM's answers to one prompt a question, in which the audited expert's placeholder is words."""
     rest = [{k: v for k, v in q.inputs.items() if k != trials.name} for q in trials.questions]
     with trials.top.bridge_off():
-        return trials.top.answer(told, rest)
+        return answers(trials.top, told, rest)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model_fusion.errors import InputError
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import placeholder, split
+from model_fusion.fuse.processor import Messages
 
 Inputs = Mapping[str, Any]
 CONTINUATION = 24
@@ -55,26 +56,30 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> f
     return float(torch.tensor(total / count).exp())
 
 
-def oracle_prompts(fused: FusedModel, prompts: Sequence[str], inputs: Sequence[Inputs]) -> list[str]:
-    """The prompts with each placeholder replaced by what its expert says of its input, in words."""
-    out = []
-    for prompt, given in zip(prompts, inputs, strict=True):
-        seen = dict.fromkeys(fused.experts, 0)
-        text = ""
-        for kind, content in split(prompt, tuple(fused.experts)):
-            if kind == "text":
-                text += content
-                continue
-            several = prompt.count(placeholder(content)) > 1
-            item = given[content][seen[content]] if several else given[content]
-            seen[content] += 1
-            text += fused.experts[content].describe([item])[0]
-        out.append(text)
-    return out
+def oracle_prompts(
+    fused: FusedModel, prompts: Sequence[str | Messages], inputs: Sequence[Inputs]
+) -> list[str | Messages]:
+    """The prompts (or conversations) with each placeholder replaced by what its expert says of its input."""
+    return [_told(fused, prompt, given) for prompt, given in zip(prompts, inputs, strict=True)]
+
+
+def _told(fused: FusedModel, prompt: str | Messages, given: Inputs) -> str | Messages:
+    contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    pieces = [split(content, tuple(fused.experts)) for content in contents]
+    found = [name for parts in pieces for kind, name in parts if kind == "expert"]
+    words = {
+        name: iter(expert.describe(given[name] if found.count(name) > 1 else [given[name]]))
+        for name, expert in fused.experts.items()
+        if name in found
+    }
+    texts = ["".join(next(words[c]) if kind == "expert" else c for kind, c in parts) for parts in pieces]
+    if isinstance(prompt, str):
+        return texts[0]
+    return [{**message, "content": text} for message, text in zip(prompt, texts, strict=True)]
 
 
 def kl_to_oracle(
-    fused: FusedModel, prompts: Sequence[str], items: Sequence[Inputs], *, tokens: int = CONTINUATION
+    fused: FusedModel, prompts: Sequence[str | Messages], items: Sequence[Inputs], *, tokens: int = CONTINUATION
 ) -> float:
     """Mean over all tokens of KL(text oracle || fused model with the expert present) in nats, along the oracle's
     greedy continuation of up to `tokens` tokens. `prompts` hold placeholders, `items` are inputs by expert's name,
@@ -85,7 +90,7 @@ def kl_to_oracle(
 @torch.no_grad()
 def kl_by_prompt(
     fused: FusedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     items: Sequence[Inputs],
     *,
     tokens: int = CONTINUATION,
@@ -106,7 +111,7 @@ def kl_by_prompt(
 
 @torch.no_grad()
 def continuations(
-    fused: FusedModel, prompts: Sequence[str], tokens: int, inputs: Sequence[Inputs] | None = None
+    fused: FusedModel, prompts: Sequence[str | Messages], tokens: int, inputs: Sequence[Inputs] | None = None
 ) -> list[list[int]]:
     """Greedy ids of up to `tokens` tokens after each prompt, the end of turn included where it comes."""
     batch = {key: value.to(fused.device) for key, value in fused.processor(prompts, inputs).items()}
@@ -119,6 +124,7 @@ def continuations(
         top_p=None,
         top_k=None,
         pad_token_id=fused.tokenizer.pad_token_id,
+        suppress_tokens=list(fused.reserved.values()),  # the plain LLM may say them, a fused prompt may not hold them
     )
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
@@ -126,7 +132,10 @@ def continuations(
 
 @torch.no_grad()
 def next_token_log_probs(
-    fused: FusedModel, prompts: Sequence[str], inputs: Sequence[Inputs] | None, following: Sequence[Sequence[int]]
+    fused: FusedModel,
+    prompts: Sequence[str | Messages],
+    inputs: Sequence[Inputs] | None,
+    following: Sequence[Sequence[int]],
 ) -> list[Tensor]:
     """Log-probabilities float32 [n, V] of each next token along `following` ids after each prompt."""
     rows = [
@@ -142,13 +151,30 @@ def next_token_log_probs(
 
 
 def next_turns(
-    fused: FusedModel, prompts: Sequence[str], inputs: Sequence[Inputs], *, tokens: int = 32
+    fused: FusedModel,
+    first: str,
+    prompts: Sequence[str],
+    inputs: Sequence[Inputs],
+    *,
+    tokens: int = 32,
 ) -> list[dict[str, str]]:
-    """What is said to each prompt: by the fused model, and by the text oracle."""
-    told = oracle_prompts(fused, prompts, inputs)
-    says = fused.answer(prompts, inputs, max_new_tokens=tokens)
+    """Conversations: `first` (which names an expert) is asked and answered, then each of `prompts`. What is said to
+    it by the fused model, and by the text oracle after the same first answer."""
+    if fused.tokenizer.chat_template:
+        answers = fused.answer([first] * len(prompts), inputs)
+        asked: list[str | Messages] = [
+            [
+                {"role": "user", "content": first},
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": prompt},
+            ]
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
+    else:
+        asked = [f"{first}\n{prompt}" for prompt in prompts]
+    says = fused.answer(asked, inputs, max_new_tokens=tokens)
     with fused.bridge_off():
-        oracle = fused.answer(told, max_new_tokens=tokens)
+        oracle = fused.answer(oracle_prompts(fused, asked, inputs), max_new_tokens=tokens)
     return [{"prompt": prompt, "fused": a, "oracle": b} for prompt, a, b in zip(prompts, says, oracle, strict=True)]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from model_fusion.errors import InputError
 from model_fusion.evaluate.tasks import task as make_task
 from model_fusion.evaluate.tasks.base import Task
-from model_fusion.evaluate.tasks.examples import examples_task, read_examples
+from model_fusion.evaluate.tasks.examples import examples_task
+from model_fusion.fuse.data import read_examples
 from model_fusion.fuse.experts.base import Expert, Given
 from model_fusion.fuse.fit import Example
 from model_fusion.fuse.model import FusedModel
@@ -29,7 +30,8 @@ def load_for_audit(
     recorded = (fusion.task if isinstance(fusion, FusedModel) else read_config(Path(fusion)).get("task")) or {}
     if examples is not None:
         fused = fusion if isinstance(fusion, FusedModel) else FusedModel.from_pretrained(fusion, given=given)
-        rows = read_examples(Path(examples)) if isinstance(examples, (str, Path)) else examples
+        schemas = {name: expert.inputs for name, expert in fused.experts.items()}
+        rows = read_examples(Path(examples), schemas) if isinstance(examples, (str, Path)) else examples
         return fused, examples_task(rows, fused.experts)
     if task is None and "name" not in recorded:
         raise InputError("this fusion records no task: name one with --task, or give your own --examples")

@@ -43,7 +43,7 @@ def measure(trials: Trials) -> dict[str, Any]:
         "kl_by_prompt": [float(row.mean()) for row in by_prompt],
         "perplexity": {"bridge_on": on, "bridge_off": off, "bytes": len(ORDINARY_TEXT.encode())},
         "identical_without_expert": identical_without_expert(fused, UNRELATED_PROMPTS[:8]),
-        "samples": next_turns(fused, prompts[::step][:SAMPLES], inputs[::step][:SAMPLES]),
+        "samples": next_turns(fused, trials.task.prompt, UNRELATED_PROMPTS[::step][:SAMPLES], inputs[::step][:SAMPLES]),
         "gates": {
             "about the task": gate_values(fused, example.prompt, dict(example.inputs), answer),
             "unrelated": gate_values(fused, prompts[0], inputs[0], trials.fused.answer(prompts[:1], inputs[:1])[0]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from model_fusion.errors import InputError
-from model_fusion.evaluate.tasks.base import Task
+from model_fusion.evaluate.tasks.base import Task, example_key
 from model_fusion.fuse.bridges import BridgeConfig
 from model_fusion.fuse.experts.base import Expert
 from model_fusion.fuse.fit import Example
@@ -38,8 +37,8 @@ class Trials:
         self.config: BridgeConfig = fused.fusion.config
         self.name = task.expert_name
         self.questions = task.questions()
-        place = {_key(question): number for number, question in enumerate(self.questions)}
-        self.test = [place[_key(example)] for example in task.test]
+        place = {example_key(question): number for number, question in enumerate(self.questions)}
+        self.test = [place[example_key(example)] for example in task.test]
         self._main: tuple[int, FusedModel, ExitStack] | None = None
 
     @property
@@ -119,7 +118,7 @@ class Trials:
     def ask(self, model: FusedModel, questions: Sequence[Example] | None = None) -> list[str]:
         """Greedy answers of `model` to all questions of the task (or those given)."""
         chosen = self.questions if questions is None else questions
-        return model.answer([q.prompt for q in chosen], [q.inputs for q in chosen])
+        return answers(model, [q.prompt for q in chosen], [q.inputs for q in chosen])
 
     def scores(self, texts: Sequence[str], task: Task | None = None) -> dict[str, float]:
         """The task's scores of answers to all questions; `agreement` over its test rows only."""
@@ -137,6 +136,18 @@ class Trials:
         return {"paraphrases": self.task.score_examples(asked, self.ask(model, asked))["agreement"]}
 
 
-def _key(example: Example) -> str:
-    """Equal for equal prompts and inputs, arrays included."""
-    return json.dumps([example.prompt, dict(example.inputs)], default=lambda value: value.tolist(), sort_keys=True)
+def answers(model: FusedModel, prompts: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Greedy answers, each distinct row asked once. Rows of equal length are asked together: what they begin with
+    is then read once."""
+    groups: dict[int, dict[str, list[int]]] = {}
+    for number, row in enumerate(model.processor.encode(prompts, inputs)):
+        key = repr([row.ids, [(o.expert, o.values.tolist(), o.mask.tolist()) for o in row.occurrences]])
+        groups.setdefault(len(row.ids), {}).setdefault(key, []).append(number)
+    found = [""] * len(prompts)
+    for rows in groups.values():
+        first = [numbers[0] for numbers in rows.values()]
+        texts = model.answer([prompts[i] for i in first], [inputs[i] for i in first])
+        for numbers, text in zip(rows.values(), texts, strict=True):
+            for number in numbers:
+                found[number] = text
+    return found

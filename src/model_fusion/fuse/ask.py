@@ -56,22 +56,22 @@ def ask(
 ) -> list[str]:
     """The answers in words: greedy at temperature 0, else sampled with `seed`. With `bridge_off` the plain LLM
     answers, and placeholders are left out of the prompts."""
-    sampling = sampled(temperature, seed, max_new_tokens)
+    options |= generation(max_new_tokens, temperature)
+    torch.manual_seed(seed)
     if not bridge_off:
-        return fused.answer([q.prompt for q in asked], [q.inputs for q in asked], **sampling, **options)
+        return fused.answer([q.prompt for q in asked], [q.inputs for q in asked], **options)
     with fused.bridge_off():
-        return fused.answer([without(q.prompt, fused) for q in asked], **sampling, **options)
+        return fused.answer([without(q.prompt, fused) for q in asked], **options)
 
 
-def sampled(temperature: float, seed: int, max_new_tokens: int) -> dict[str, Any]:
-    """Generation options, with the random state set where they sample. Raises InputError."""
+def generation(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Options of `FusedModel.answer`: greedy at temperature 0, else sampled. Raises InputError."""
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: give at least 1")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"--temperature {temperature}: give 0 (greedy) or a number above it")
     if temperature == 0:
         return {"max_new_tokens": max_new_tokens}
-    torch.manual_seed(seed)
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature}
 
 

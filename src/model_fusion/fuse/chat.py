@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from model_fusion.errors import InputError, ModelFusionError
-from model_fusion.fuse.ask import sampled, without
+from model_fusion.fuse.ask import generation, without
 from model_fusion.fuse.data import checked_inputs
 from model_fusion.fuse.inputs import known, parse_item
 from model_fusion.fuse.model import FusedModel
@@ -40,8 +40,9 @@ class ChatSession:
     def __init__(
         self, fused: FusedModel, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> None:
-        sampled(temperature, seed, max_new_tokens)  # checked, and seeded once for the whole conversation
-        self.fused, self.max_new_tokens, self.temperature = fused, max_new_tokens, temperature
+        self.fused, self.max_new_tokens = fused, max_new_tokens
+        self.options = generation(max_new_tokens, temperature)
+        torch.manual_seed(seed)  # once for the whole conversation
         self.schemas = {name: expert.inputs for name, expert in fused.experts.items()}
         self.messages: list[dict[str, str]] = []
         self.given: dict[str, list[Any]] = {name: [] for name in self.schemas}
@@ -98,7 +99,9 @@ class ChatSession:
         for name in used:
             if name not in self.inputs:
                 raise InputError(f"{placeholder(name)} has no input yet: set it with /expert {name} VALUES")
-        given = {name: [*self.given[name], *[self.inputs[name]] * used.count(name)] for name in self.schemas}
+        given = {name: list(items) for name, items in self.given.items()}
+        for name in used:
+            given[name].append(self.inputs[name])
         messages = [*self.messages, {"role": "user", "content": text}]
         pieces: list[str] = []
         for piece in self._stream(messages, given):
@@ -118,14 +121,11 @@ class ChatSession:
         self._check_length(messages, inputs)
         streamer = TextIteratorStreamer(fused.tokenizer, skip_prompt=True, skip_special_tokens=True)
         leave, failed = threading.Event(), []
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        if self.temperature:
-            options |= {"do_sample": True, "temperature": self.temperature}
 
         def work() -> None:
             try:
                 stop = StoppingCriteriaList([_Leaving(leave)])
-                fused.answer([messages], [inputs], streamer=streamer, stopping_criteria=stop, **options)
+                fused.answer([messages], [inputs], streamer=streamer, stopping_criteria=stop, **self.options)
             except Exception as error:  # handed to the reader's thread, which raises it
                 failed.append(error)
                 streamer.on_finalized_text("", stream_end=True)

@@ -76,14 +76,17 @@ class _Fused(BaseEstimator):
         prompt = self._question if self.prompt is None else self.prompt
         if prompt.count(f"<|{NAME}|>") != 1:
             raise InputError(f"prompt: write the placeholder <|{NAME}|> once in it, got {prompt!r}")
-        strata = None if names is None else y
-        taught, shown = train_test_split(
-            np.arange(len(y)), test_size=self.bridge_share, random_state=self.random_state, stratify=strata
-        )
+        try:
+            taught, shown = train_test_split(
+                np.arange(len(y)),
+                test_size=self.bridge_share,
+                random_state=self.random_state,
+                stratify=None if names is None else y,
+            )
+        except ValueError as error:  # a class too rare for expert and bridge both to see it
+            raise InputError(f"the rows cannot be shared between expert and bridge: {error}") from None
         fitted = clone(estimator).fit(_taken(X, taught), np.asarray(y)[taught])
         self.schema_ = _schema(X, table)
-        if names is not None and len(fitted.classes_) != len(names):
-            raise InputError("every class needs at least two rows, so that expert and bridge both see it")
         self.expert_ = Expert.from_sklearn(fitted, self.schema_, classes=names)
         items = _items([table[i] for i in shown])
         items += _items(_mixed([table[i] for i in taught], self.extra_rows, self.random_state))
@@ -131,8 +134,6 @@ class FusedClassifier(ClassifierMixin, _Fused):
         self.classes_ = np.unique(np.asarray(y))
         if len(self.classes_) < 2:
             raise InputError(f"y has one class only ({self.classes_[0]!r}): at least two are needed")
-        if np.unique(np.asarray(y), return_counts=True)[1].min() < 2:
-            raise InputError("every class needs at least two rows, so that expert and bridge both see it")
         self.class_names_ = [str(label) for label in self.classes_]
         self._fit(X, y, self.class_names_, estimator)
         return self

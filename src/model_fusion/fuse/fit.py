@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.processor import Encoded, check_features
 from model_fusion.fuse.shortcut import Shortcut
 from model_fusion.training.loop import History, Measure, TrainSettings, train
+
+T = TypeVar("T")
 
 
 class ExampleLike(Protocol):
@@ -51,9 +53,14 @@ def fit(
     keep: bool = False,
     progress: bool = True,
     fit_normaliser: bool = True,
+    keep_language: float = 0.0,
     **settings: Any,
 ) -> History:
     """Train the active bridge on `examples`. Features are encoded once; normalisers are fitted on `examples` only.
+
+    keep_language: weight of a second loss, KL to the text oracle over generic prompts (the objective `align`), so
+    that the LLM still speaks as itself of other things while the expert's signal is present. It costs a few more
+    rows a step.
 
     settings: fields of `TrainSettings`; what is not given comes from the bridge's own defaults. Without
     `validation`, a fifth of the examples (at least one) is held out by the seed. `resume` and `keep` as in `train`.
@@ -63,16 +70,15 @@ def fit(
         raise InputError(f"the {fused.bridge.kind} bridge has nothing to train: ask it directly")
     if len(examples) < 2:
         raise InputError(f"{len(examples)} training examples: at least 2 are needed")
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    for name in settings:
-        if name not in known:
-            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
-    chosen = TrainSettings(**{**_defaults(fused), **settings})
+    chosen = training_settings({**_defaults(fused), **settings})
     if not validation:
         examples, validation = held_out(examples, chosen.seed)
     if fit_normaliser:
         fit_normalisers(fused, examples)
-    step = AnswerStep(fused, encode(fused, examples))
+    if keep_language < 0:
+        raise InputError(f"keep_language is a weight of at least 0, got {keep_language}")
+    answers = AnswerStep(fused, encode(fused, examples))
+    step: nn.Module = _with_language(fused, answers, examples, keep_language) if keep_language else answers
     held = AnswerStep(fused, encode(fused, validation), shortcut=None)
     torch.manual_seed(chosen.seed)
     fused.train()
@@ -85,11 +91,20 @@ def fit(
             chosen,
             resume=Path(resume) if resume else None,
             keep=keep,
-            fingerprint=fingerprint(fused, step.rows, chosen),
+            fingerprint=f"{fingerprint(fused, answers.rows, chosen)} {keep_language}",
             progress=progress,
         )
     finally:
         fused.eval()
+
+
+def training_settings(settings: Mapping[str, Any]) -> TrainSettings:
+    """`settings` by name; an unknown name is an InputError."""
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    for name in settings:
+        if name not in known:
+            raise InputError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
+    return TrainSettings(**settings)
 
 
 def _defaults(fused: FusedModel) -> dict[str, Any]:
@@ -135,23 +150,50 @@ def encode(fused: FusedModel, examples: Sequence[ExampleLike]) -> list[Encoded]:
     )
 
 
-def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
-    """Fit each expert's normaliser on its features over `examples`."""
-    for name, expert in fused.experts.items():
-        items: list[Any] = []
-        for example in examples:
+def expert_items(fused: FusedModel, examples: Sequence[ExampleLike]) -> dict[str, list[Any]]:
+    """For each expert its inputs over `examples`, in order. Raises InputError where one has none."""
+    found: dict[str, list[Any]] = {name: [] for name in fused.experts}
+    for example in examples:
+        for name in fused.experts:
             if name in example.inputs:
                 several = example.prompt.count(f"<|{name}|>") > 1
-                items += list(example.inputs[name]) if several else [example.inputs[name]]
+                found[name] += list(example.inputs[name]) if several else [example.inputs[name]]
+    for name, items in found.items():
         if not items:
             raise InputError(f"no training example has an input for expert {name!r}")
-        features: Features = check_features(name, expert, expert.encode(items))
+    return found
+
+
+def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
+    """Fit each expert's normaliser on its features over `examples`."""
+    for name, items in expert_items(fused, examples).items():
+        features: Features = check_features(name, fused.experts[name], fused.experts[name].encode(items))
         fused.normalisers[name].fit(features)  # type: ignore[operator]
 
 
-def held_out(
-    examples: Sequence[ExampleLike], seed: int, share: float = 0.2
-) -> tuple[list[ExampleLike], list[ExampleLike]]:
+def _with_language(fused: FusedModel, answers: AnswerStep, examples: Sequence[ExampleLike], weight: float) -> nn.Module:
+    from model_fusion.fuse.align import ROWS_A_PROMPT, AlignStep, generic_prompts, read
+    from model_fusion.fuse.teacher import Teacher
+
+    items = read(fused, [{name: item} for name, mine in expert_items(fused, examples).items() for item in mine])
+    language = AlignStep(fused, Teacher(fused), generic_prompts(tuple(fused.experts)), items)
+
+    class Both(nn.Module):
+        """Loss over the answers, and `weight` times the KL over a few items after a generic prompt."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.answers, self.language = answers, language
+
+        def forward(self, indices: Tensor) -> Tensor:
+            loss: Tensor = self.answers(indices)
+            kept: Tensor = self.language(indices[:ROWS_A_PROMPT] % len(items))
+            return loss + weight * kept
+
+    return Both()
+
+
+def held_out(examples: Sequence[T], seed: int, share: float = 0.2) -> tuple[list[T], list[T]]:
     """(training, validation): `share` of the examples, at least one, are held out, chosen by the seed."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, int(len(examples) * share))

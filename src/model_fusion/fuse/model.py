@@ -213,6 +213,12 @@ class FusedModel(PreTrainedModel, GenerationMixin):
 
         return fit(self, examples, **settings)
 
+    def align(self, items: Sequence[Any], **options: Any) -> History:
+        """Train the active bridge without labels: see `model_fusion.fuse.align.align` for the arguments."""
+        from model_fusion.fuse.align import align
+
+        return align(self, items, **options)
+
     def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
         """Write bridge, normalisers and experts; the base by reference and hash. The options that Trainer passes
         (`state_dict`, `is_main_process` …) do not apply."""
@@ -370,7 +376,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         if not settings["do_sample"]:
             settings |= {"temperature": None, "top_p": None, "top_k": None}
         alone = settings.get("num_beams", 1) == settings.get("num_return_sequences", 1) == 1
-        bias = self._answer_bias(rows_inputs=inputs, count=len(rows))
+        bias = self._answer_bias(inputs, [len(row.occurrences) for row in rows])
         texts = [""] * len(rows)
         # Equal lengths together: no padding is computed, and what rows have in common is computed once.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
@@ -379,7 +385,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             taken = [rows[row] for row in chosen]
             batch = {k: v.to(self.device) for k, v in processor.collate(taken, left=True).items()}
             length = batch["input_ids"].shape[1]
-            extra: dict[str, Any] = self._common_prompt(taken) if alone and settings.get("use_cache", True) else {}
+            extra: dict[str, Any] = self.common_prompt(taken) if alone and settings.get("use_cache", True) else {}
             if bias:
                 extra["logits_processor"] = LogitsProcessorList([bias(chosen, length)])
             out = self.generate(**batch, **settings, **extra)
@@ -389,7 +395,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
                 texts[row] = text.strip()
         return texts
 
-    def _common_prompt(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+    def common_prompt(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Keys and values of the ids that open all `rows` before any placeholder, computed once."""
         from model_fusion.fuse.shortcut import expanded, shared_prompt
 
@@ -400,21 +406,22 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         ids = torch.tensor([rows[0].ids[:shared]], device=self.device)
         return {"past_key_values": expanded(self.base(input_ids=ids, use_cache=True).past_key_values, len(rows))}
 
-    def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, count: int) -> Any:
-        """For the `logit` bridge: a maker of logits processors for chosen rows."""
+    def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, counts: Sequence[int]) -> Any:
+        """For the `logit` bridge: a maker of logits processors for chosen rows. counts: each row's placeholders; of
+        several (a conversation) the last one speaks."""
         config = self.fusion.config
         if not isinstance(config, Logit) or rows_inputs is None or not self.enabled:
             return None
         if len(self.experts) != 1:
             raise InputError("the logit bridge answers for one expert; this model has several")
         (name, expert), processor = next(iter(self.experts.items())), self.processor
-        have = [row for row in range(count) if name in rows_inputs[row]]
+        have = [row for row, count in enumerate(counts) if count]
         if not have:
             return None
-        decision = expert.decide([rows_inputs[row][name] for row in have])
+        decision = expert.decide([rows_inputs[r][name] if counts[r] == 1 else rows_inputs[r][name][-1] for r in have])
         if not isinstance(decision, ClassDecision):
             raise InputError("the logit bridge needs a classifier: a value has no class names to bias")
-        log_probs = torch.full((count, len(decision.classes)), float("nan"))
+        log_probs = torch.full((len(counts), len(decision.classes)), float("nan"))
         log_probs[have] = decision.log_probs
         answers = [processor.answer_ids(name) for name in decision.classes]
         return lambda chosen, length: AnswerBias(answers, log_probs[chosen].to(self.device), length, config)

@@ -83,7 +83,7 @@ class FusedProcessor:
                 if self.bridge.uses_text:
                     plain += words[key]
                     continue
-                ids += self._tokens(plain)
+                ids += self._tokens(plain.removesuffix(" ") if self.bridge.takes_space else plain)
                 plain = ""
                 ids += [self.ids[content]] * self.bridge.slots(content)
                 values, mask = features[key]

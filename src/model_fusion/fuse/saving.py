@@ -183,6 +183,7 @@ def replaced(target: Path) -> Iterator[Path]:
     try:
         yield work
         for file in work.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors leaves its files to the owner alone
             _sync(file)
         if target.exists():
             target.rename(old)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from model_fusion.checkpoint import card, lineage
+from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
@@ -19,7 +20,7 @@ from model_fusion.checkpoint.views import Planned
 from model_fusion.checkpoint.writer import CheckpointWriter
 from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
-from model_fusion.merge.execute import Run
+from model_fusion.merge.execute import Run, check_device
 from model_fusion.merge.methods import get
 from model_fusion.merge.plan import MergePlan, Method
 from model_fusion.merge.prepare import prepare
@@ -29,36 +30,53 @@ from model_fusion.recipe.merge import MergeRecipe, load
 _SMALL = 64 << 20
 
 
-def plan(recipe: Path | MergeRecipe, *, method: Method | None = None) -> MergePlan:
+@dataclass(frozen=True)
+class _Choices:
+    """What flags say about the inputs."""
+
+    folder: Path | None
+    trust_remote_code: bool
+    fill_missing: str | None
+
+
+def plan(
+    recipe: Path | MergeRecipe,
+    *,
+    trust_remote_code: bool = False,
+    fill_missing: str | None = None,
+    method: Method | None = None,
+) -> MergePlan:
     """Resolve and check everything; writes nothing. `method` replaces the registry's entry."""
     folder = recipe.parent if isinstance(recipe, Path) else None
     parsed = load(recipe) if isinstance(recipe, Path) else recipe
+    choices = _Choices(folder, trust_remote_code, fill_missing)
     stages: dict[str, MergePlan] = {}
     named: dict[str, Checkpoint] = {}
     for name in parsed.order():
-        stages[name] = work = _plan(parsed.merges[name], folder, named)
+        stages[name] = work = _plan(parsed.merges[name], choices, named)
         named[name] = Planned(name, [item.spec for item in work.outputs], work.config, work.files)
-    return replace(_plan(parsed, folder, named, method), stages=stages)
+    return replace(_plan(parsed, choices, named, method), stages=stages)
 
 
 def _plan(
-    recipe: MergeRecipe, folder: Path | None, named: Mapping[str, Checkpoint], method: Method | None = None
+    recipe: MergeRecipe, choices: _Choices, named: Mapping[str, Checkpoint], method: Method | None = None
 ) -> MergePlan:
     """One merge; `named` are the merges that its models may mean."""
     if method is None:
         method = get(recipe.merge_method)
     planning.check_parameters(recipe, method)
     names = recipe.model_names()
-    checkpoints = {name: named.get(name) or open_checkpoint(resolve(name, folder)) for name in names}
+    checkpoints = {name: named.get(name) or open_checkpoint(resolve(name, choices.folder)) for name in names}
     spec = recipe.tokenizer_spec()
     other = None
     if spec is not None and spec.source not in ("base", "union", *checkpoints):
         try:
-            place = resolve(spec.source, folder).folder
+            place = resolve(spec.source, choices.folder).folder
         except InputError as error:
             raise InputError(f"tokenizer_source is none of base, union or a model: {error}") from error
         other = {name: (place / name).read_bytes() for name in small_files(place)}
-    return planning.build(recipe, method, prepare(recipe, checkpoints, other))
+    ready = prepare(recipe, checkpoints, other, choices.trust_remote_code)
+    return planning.build(recipe, method, ready, choices.fill_missing)
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,9 @@ class _Flags:
     threads: int
     shard_size: int
     allow_nan: bool
+    device: str
+    command: str
+    ahead: Ahead | None
 
 
 def merge(
@@ -78,30 +99,42 @@ def merge(
     threads: int = 0,
     shard_size: int = 5 * 10**9,
     allow_nan: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    fill_missing: str | None = None,
     method: Method | None = None,
+    ahead: Ahead | None = None,
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
-    `threads` 0 means one per core; the bytes written do not depend on them. Raises `InputError` (nothing is
-    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`).
+    `threads` 0 means one per core; the bytes written do not depend on them. `device` is where tensors are combined.
+    `fill_missing`: the model (or `base`) that gives the tensors which another lacks. Raises `InputError` (nothing is
+    left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`). `ahead` may hold hashes of inputs
+    that were taken while this module was imported.
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
-    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan)
-    work = plan(recipe, method=method)
-    check_target(output, _inputs(work), overwrite=overwrite)
+    check_device(device)
+    command = "model-fusion merge recipe.yml -o out"
+    command += f" --device {device}" if device != "cpu" else ""
+    command += f" --fill-missing {fill_missing}" if fill_missing else ""
+    command += " --trust-remote-code" if trust_remote_code else ""
+    command += " --allow-nan" if allow_nan else ""
+    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan, device, command, ahead)
+    work = plan(recipe, trust_remote_code=trust_remote_code, fill_missing=fill_missing, method=method)
+    check_target(output, inputs(work), overwrite=overwrite)
     if not work.stages:
         _write(work, output, flags, {})
         return output
-    folder = recipe.parent if isinstance(recipe, Path) else None
+    choices = _Choices(recipe.parent if isinstance(recipe, Path) else None, trust_remote_code, fill_missing)
     made: dict[str, Made] = {}
     with Stages(output, resume=resume) as place:
         for number, name in enumerate(work.stages):
             # planned again: what was a promise is now a folder
-            stage = _plan(work.recipe.merges[name], folder, _checkpoints(made))
+            stage = _plan(work.recipe.merges[name], choices, _checkpoints(made))
             whole = place.made(name, number, _key(stage), partial(_write, stage, flags=flags, made=dict(made)))
             made[name] = Made(whole, parents(stage.checkpoints, made))
-        _write(_plan(work.recipe, folder, _checkpoints(made), method), output, flags, made)
+        _write(_plan(work.recipe, choices, _checkpoints(made), method), output, flags, made)
     return output
 
 
@@ -109,11 +142,11 @@ def _checkpoints(made: Mapping[str, Made]) -> dict[str, Checkpoint]:
     return {name: stage.checkpoint for name, stage in made.items()}
 
 
-def _inputs(work: MergePlan) -> list[Path]:
+def inputs(work: MergePlan) -> list[Path]:
     """Folders that are read, of all stages."""
     every = [c for part in (work, *work.stages.values()) for c in part.checkpoints.values()]
     sources = [c.source for c in every if c.source.spec not in work.stages]
-    return [place for source in sources for place in (source.folder, source.adapter) if place is not None]
+    return [place for source in sources for place in source.places]
 
 
 def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made]) -> None:
@@ -123,7 +156,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     specs = [item.spec for item in work.outputs]
     key = _key(work)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
-        Run(work, writer, flags.allow_nan).all(order, flags.threads)
+        Run(work, writer, flags.allow_nan, flags.device, flags.ahead).all(order, flags.threads)
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "merge",
@@ -134,7 +167,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
             writer.done,
             through(writer.inputs_of, made),
             files,
-            command="model-fusion merge recipe.yml -o out",
+            command=flags.command,
             defaults=planning.defaults(work.method),
             seed=work.recipe.seed,
         )
@@ -152,10 +185,13 @@ def _files(work: MergePlan) -> dict[str, bytes]:
 def _key(work: MergePlan) -> str:
     """Identity of recipe and inputs: small files by content, large ones by size, time, inode, start."""
     digest = hashlib.sha256(work.recipe.model_dump_json().encode())
+    digest.update(repr([(item.inputs, item.base) for item in work.outputs]).encode())
     for name, checkpoint in work.checkpoints.items():
         digest.update(name.encode())
-        folders = [checkpoint.folder, *([checkpoint.source.adapter] if checkpoint.source.adapter else [])]
-        for file in [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file()]:
+        places = checkpoint.source.places
+        for file in [p for place in places for p in ([place] if place.is_file() else sorted(place.iterdir()))]:
+            if not file.is_file():
+                continue
             stat = file.stat()
             whole = stat.st_size <= _SMALL
             facts: tuple[Any, ...] = (

@@ -6,15 +6,17 @@ needs beside it (cache-sized chunks; for some methods a mask, for a few the whol
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model_fusion.checkpoint.reader import Checkpoint
-from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
+from model_fusion.checkpoint.ahead import Ahead
+from model_fusion.checkpoint.reader import Checkpoint, place_of
+from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.errors import InputError
 from model_fusion.merge.methods import Key
 from model_fusion.merge.plan import Input, MergePlan, Output
@@ -22,16 +24,33 @@ from model_fusion.merge.plan import Input, MergePlan, Output
 _PART = 1 << 20
 
 
+class Sink(Protocol):
+    """Where merged tensors go: a writer, or a dry run's waste bin."""
+
+    @property
+    def done(self) -> Mapping[str, str]: ...
+    def write_parts(self, name: str, parts: Iterable[Tensor], inputs: Mapping[str, str] | None = None) -> str: ...
+
+
 class Run:
     """One execution of a plan: shared by its worker threads."""
 
-    def __init__(self, work: MergePlan, writer: CheckpointWriter, allow_nan: bool) -> None:
-        self._work, self._writer, self._allow_nan = work, writer, allow_nan
+    def __init__(
+        self,
+        work: MergePlan,
+        writer: Sink,
+        allow_nan: bool,
+        device: str = "cpu",
+        ahead: Ahead | None = None,
+    ) -> None:
+        self._work, self._writer, self._allow_nan, self._device, self._ahead = work, writer, allow_nan, device, ahead
         self._bad: list[str] = []
         self._stop = threading.Event()
 
     def all(self, order: list[Output], threads: int) -> None:
         """Make every tensor that is not yet done; the first error stops the rest."""
+        if self._ahead is not None:
+            self._ahead.stop()
         todo = [item for item in order if item.spec.name not in self._writer.done]
         # one intra-op thread each: tensors are the parallelism, and sums do not depend on the machine's cores
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -55,7 +74,7 @@ class Run:
             hashes, finite = {}, True
             for source in sources:
                 for label, stored in self._checkpoint(source).stored(source.tensor).items():
-                    hashes[f"{source.model}:{label}"], clean = _digest(stored)
+                    hashes[f"{source.model}:{label}"], clean = self._digest(stored)
                     if not clean and not item.copied and not self._allow_nan:
                         self._bad.append(f"{self._checkpoint(source).file_of(source.tensor)}: {source.tensor}")
                         finite = False
@@ -65,10 +84,24 @@ class Run:
                 )
                 self._writer.write_parts(item.spec.name, parts, hashes)
 
+    def _digest(self, tensor: Tensor) -> tuple[str, bool]:
+        """SHA-256 of a tensor's bytes, and whether all its values are finite, in one pass."""
+        place = place_of.get(tensor)
+        known = None
+        if self._ahead is not None and place is not None:
+            known = self._ahead.digest(place.file, place.begin, place.end)
+        digest, clean = hashlib.sha256(), True
+        for part in torch.split(tensor.contiguous().reshape(-1), _PART):
+            if known is None:
+                digest.update(as_bytes(part))
+            clean = clean and finite(part)
+        return known or digest.hexdigest(), clean
+
     def _checkpoint(self, source: Input) -> Checkpoint:
         return self._work.checkpoints[source.model]
 
     def _merged(self, item: Output, tensors: list[Tensor]) -> Iterator[Tensor]:
+        tensors = [tensor.to(self._device) for tensor in tensors]
         models, base = tensors[: len(item.inputs)], tensors[-1] if item.base else None
         key = Key(self._work.recipe.seed, item.spec.name)
         method = self._work.method
@@ -79,16 +112,16 @@ class Run:
                     f"{method.name} made NaN or Inf in {item.spec.name!r} ({kind}): check weights "
                     "and dtype, or pass --allow-nan"
                 )
-            yield part
+            yield part.cpu()
 
 
-def _digest(tensor: Tensor) -> tuple[str, bool]:
-    """SHA-256 of a tensor's bytes, and whether all its values are finite, in one pass."""
-    digest, clean = hashlib.sha256(), True
-    for part in torch.split(tensor.contiguous().reshape(-1), _PART):
-        digest.update(as_bytes(part))
-        clean = clean and finite(part)
-    return digest.hexdigest(), clean
+def check_device(device: str) -> None:
+    """Raises `InputError` where tensors cannot be combined there."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device!r} cannot be used here ({reason}): leave it out, or give cpu") from error
 
 
 _EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}

@@ -15,10 +15,11 @@ from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameter
 
 @dataclass(frozen=True)
 class Block:
-    """Some models and the parameter levels that apply to each, most specific first."""
+    """Some models, the base they differ from, and the parameter levels that apply to each, most specific first."""
 
     sources: Sequence[ModelEntry | SliceSource]
     levels: Sequence[Parameters]
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Layout:
         if part.slices is not None:
             self._slices(part.slices, names, levels)
             return
-        block = Block(part.models or [], levels)
+        block = Block(part.models or [], levels, self._recipe.base_model)
         for name in names:
             self.items.append(Item(name, name, block, (name,) * len(block.sources), self._position(name)))
 
@@ -103,13 +104,16 @@ class Layout:
             if role_of(name).stack != stack:
                 early = before_layers(name)
                 part_levels = [parts[0 if early else -1].parameters, *levels]
-                block = Block(first if early else last, part_levels)
+                block = Block(first if early else last, part_levels, self._base(parts[0 if early else -1]))
                 self.items.append(Item(name, name, block, (name,) * len(block.sources), 0.0 if early else 1.0))
         picks: list[tuple[str, int]] = []
         for part in parts:
             self._slice(part, stack, [part.parameters, *levels], picks)
         if found == main_stack(self._names):
             self.picks = picks
+
+    def _base(self, part: Slice) -> str | None:
+        return part.base_model or self._recipe.base_model
 
     def _slice(self, part: Slice, stack: str, levels: Sequence[Parameters], picks: list[tuple[str, int]]) -> None:
         layers: list[list[list[str]]] = []
@@ -122,7 +126,7 @@ class Layout:
             layers.append(inside)
         starts = [source.layer_range[0] for source in part.sources]
         count = part.sources[0].layer_range[1] - starts[0]
-        block = Block(part.sources, levels)
+        block = Block(part.sources, levels, self._base(part))
         for i in range(count):
             new = len(picks)
             picks.append((part.sources[0].model, starts[0] + i))

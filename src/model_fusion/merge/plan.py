@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import tied
+from model_fusion.architecture.roles import has_row_a_token, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -98,9 +98,15 @@ def check_parameters(recipe: MergeRecipe, method: Method) -> None:
                 raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
 
 
-def build(recipe: MergeRecipe, method: Method, ready: Prepared) -> MergePlan:
-    """The plan, or one `InputError` that lists every problem."""
-    planner = _Planner(recipe, method, ready)
+def build(recipe: MergeRecipe, method: Method, ready: Prepared, fill_missing: str | None = None) -> MergePlan:
+    """The plan, or one `InputError` that lists every problem. `fill_missing`: the model (or `base`) that gives the
+    tensors which another lacks."""
+    fill = (recipe.base_model or ready.template) if fill_missing == "base" else fill_missing
+    if fill is not None and fill not in ready.checkpoints:
+        raise InputError(
+            f"--fill-missing {fill!r} is no model of the recipe; {nearest(fill, ['base', *ready.checkpoints])}"
+        )
+    planner = _Planner(_with_base(recipe, method), method, ready, fill)
     planner.run()
     if planner.problems:
         shown = planner.problems[:50]
@@ -111,9 +117,39 @@ def build(recipe: MergeRecipe, method: Method, ready: Prepared) -> MergePlan:
     return MergePlan(recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files)
 
 
+def base_apart(method: Method) -> bool:
+    """Whether the method gets the base apart from its models. Where it is optional and the method elementwise
+    (linear, passthrough), and where it is forbidden (karcher), the base is a model like the others."""
+    return method.needs_base == "required" or (method.needs_base == "optional" and method.sees != "elementwise")
+
+
+def _with_base(recipe: MergeRecipe, method: Method) -> MergeRecipe:
+    """The recipe with a base that is listed nowhere among the models, where the method takes it for one of them
+    (mergekit's rule). A method of one model has no place for it: its base says whose config the output gets."""
+    base = recipe.base_model
+    if base is None or base_apart(method) or method.max_models == 1:
+        return recipe
+
+    def joined(part: MergeRecipe | Module, levels: Sequence[Parameters]) -> list[ModelEntry] | None:
+        if part.models is None or any(entry.model == base for entry in part.models):
+            return part.models
+        if "weight" in _names(method.model_params) and not any("weight" in level for level in levels):
+            raise InputError(
+                f"{method.name} merges base_model {base} too, which has no weight: list it under models with one, or "
+                "remove base_model"
+            )
+        return [*part.models, ModelEntry(model=base)]
+
+    modules = {
+        key: part.model_copy(update={"models": joined(part, [part.parameters, recipe.parameters])})
+        for key, part in (recipe.modules or {}).items()
+    }
+    return recipe.model_copy(update={"models": joined(recipe, [recipe.parameters]), "modules": modules or None})
+
+
 class _Planner:
-    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared) -> None:
-        self.recipe, self.method = recipe, method
+    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared, fill: str | None) -> None:
+        self.recipe, self.method, self.fill = recipe, method, fill
         self.checkpoints, self.name = ready.checkpoints, ready.template
         self.template = self.checkpoints[self.name]
         self.first_config = ready.config
@@ -150,13 +186,14 @@ class _Planner:
 
     def _check_models(self) -> None:
         method, recipe = self.method, self.recipe
-        if method.needs_base == "required" and recipe.base_model is None:
-            self.problems.append(f"{method.name} needs base_model")
         owners: list[MergeRecipe | Module] = [recipe, *(recipe.modules or {}).values()]
-        groups: list[Sequence[ModelEntry | SliceSource]] = [o.models for o in owners if o.models]
-        groups += [part.sources for owner in owners for part in owner.slices or []]
-        for group in groups:
-            count = len(self._models(group))
+        groups: list[tuple[Sequence[ModelEntry | SliceSource], str | None]]
+        groups = [(owner.models, recipe.base_model) for owner in owners if owner.models]
+        groups += [(p.sources, p.base_model or recipe.base_model) for owner in owners for p in owner.slices or []]
+        if method.needs_base == "required" and any(base is None for _, base in groups):
+            self.problems.append(f"{method.name} needs base_model")
+        for group, base in groups:
+            count = len(self._models(group, base))
             if count < method.min_models or (method.max_models is not None and count > method.max_models):
                 upper = "or more" if method.max_models is None else f"to {method.max_models}"
                 self.problems.append(
@@ -169,26 +206,20 @@ class _Planner:
         if len(kinds) > 1:
             self.problems.append(f"models of different architectures: {', '.join(sorted(map(str, kinds)))}")
 
-    def _models(self, sources: Sequence[ModelEntry | SliceSource]) -> list[int]:
+    def _models(self, sources: Sequence[ModelEntry | SliceSource], base: str | None) -> list[int]:
         """Positions in `sources` of the models the method combines."""
         order = list(range(len(sources)))
-        return [i for i in order if sources[i].model != self.recipe.base_model] if self._apart() else order
-
-    def _apart(self) -> bool:
-        """Whether the method gets the base apart from its models. Where it is optional and the method is
-        elementwise (linear, passthrough) the base is a model like the others, and the template."""
-        kind = self.method.needs_base
-        return kind == "required" or (kind == "optional" and self.method.sees != "elementwise")
+        return [i for i in order if sources[i].model != base] if base_apart(self.method) else order
 
     def _add(self, item: Item) -> None:
-        block, base = item.block, self.recipe.base_model
+        block = item.block
         if block is None:
             self._copy(item)
             return
-        chosen = self._models(block.sources)
-        inputs = [Input(block.sources[i].model, item.names[i]) for i in chosen]
+        base, chosen = block.base, self._models(block.sources, block.base)
+        inputs = [self._holder(Input(block.sources[i].model, item.names[i])) for i in chosen]
         base_input = None
-        if base is not None and self._apart():
+        if base is not None and base_apart(self.method):
             place = next((i for i, source in enumerate(block.sources) if source.model == base), 0)
             base_input = Input(base, item.names[place])
         every = [*inputs, *([base_input] if base_input else [])]
@@ -208,6 +239,12 @@ class _Planner:
                 each.append(self._values(self.method.model_params, levels, name, position))
         self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied))
 
+    def _holder(self, wanted: Input) -> Input:
+        """The input itself, or the same tensor of the model that fills gaps."""
+        if self.fill is None or wanted.tensor in self.checkpoints[wanted.model]:
+            return wanted
+        return Input(self.fill, wanted.tensor)
+
     def _copy(self, item: Item) -> None:
         """The template's tensor as it is: no arithmetic, no change of dtype."""
         own = self.template.spec(item.name)
@@ -222,13 +259,15 @@ class _Planner:
         for item in inputs:
             checkpoint = self.checkpoints[item.model]
             if item.tensor not in checkpoint:
-                self.problems.append(f"{item.model}: missing tensor {item.tensor!r}")
+                text = f"{item.model}: missing tensor {item.tensor!r} (--fill-missing base takes it from the base)"
+                self.problems.append(text)
                 continue
             spec = checkpoint.spec(item.tensor)
             dtypes.add(spec.dtype)
             if spec.shape != own.shape:
                 shapes = f"{list(spec.shape)}, {self.name} has {list(own.shape)}"
-                self.problems.append(f"{item.model}: tensor {item.tensor!r} is {shapes}")
+                hint = " (tokenizer_source: base merges by token)" if has_row_a_token(name) else ""
+                self.problems.append(f"{item.model}: tensor {item.tensor!r} is {shapes}{hint}")
         wanted = self.recipe.out_dtype or self.recipe.dtype
         if wanted is None and len(dtypes) > 1:
             found = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
@@ -276,6 +315,8 @@ class _Planner:
     def config(self) -> dict[str, Any]:
         """The template's config with the true dtype and layer count."""
         config = copy.deepcopy(self.first_config)
+        if not config:  # a bare state dict has none
+            return config
         if self.layout.picks is not None:
             config = stacked_config(config, [(self.checkpoints[m].config, n) for m, n in self.layout.picks])
         counts: dict[torch.dtype, int] = {}

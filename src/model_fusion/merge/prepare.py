@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from model_fusion.architecture.align import aligned, multimodal
-from model_fusion.architecture.roles import has_row_a_token, input_embedding
+from model_fusion.architecture.roles import has_row_a_token, heads, input_embedding, ties
 from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.checkpoint.views import Remade, Renamed
 from model_fusion.errors import InputError
@@ -23,6 +23,7 @@ from model_fusion.tokenizer.table import VOCABULARY_FILES, TokenTable, read_obje
 from model_fusion.tokenizer.unite import output_files, unite
 
 REPORT = "tokenizer_report.json"
+_TABLE_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
 _TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -44,20 +45,39 @@ class Prepared:
 
 
 def prepare(
-    recipe: MergeRecipe, checkpoints: dict[str, Checkpoint], other_tokenizer: Mapping[str, bytes] | None = None
+    recipe: MergeRecipe,
+    checkpoints: dict[str, Checkpoint],
+    other_tokenizer: Mapping[str, bytes] | None = None,
+    trust_remote_code: bool = False,
 ) -> Prepared:
-    """The inputs as the planner wants them. `other_tokenizer`: files of a tokenizer source that is not merged."""
+    """The inputs as the planner wants them. `other_tokenizer`: files of a tokenizer source that is not merged.
+    `trust_remote_code`: the output takes its template's Python files along; nothing here runs them."""
     template = recipe.base_model or recipe.model_names()[0]
     if not multimodal(checkpoints[template].config):  # a text model has no place for a tower
         template = next((name for name, c in checkpoints.items() if multimodal(c.config)), template)
     own = checkpoints[template]
-    views = {name: _aligned(checkpoint, own) for name, checkpoint in checkpoints.items()}
+    views = {name: _with_head(_aligned(checkpoint, own), own) for name, checkpoint in checkpoints.items()}
     ready = Prepared(views, template, own.files(), json.loads(json.dumps(own.config)))
     try:
         _Tokens(recipe, ready, other_tokenizer).run()
     except InputError as error:
         ready.problems.append(str(error))
+    _remote_code(ready, own, trust_remote_code)
     return ready
+
+
+def _remote_code(ready: Prepared, own: Checkpoint, trusted: bool) -> None:
+    """A config that names Python files makes whoever loads it run them: only knowingly."""
+    tokenizer = read_object(ready.files, "tokenizer_config.json", ready.template)
+    if not (ready.config.get("auto_map") or tokenizer.get("auto_map")):
+        return
+    if trusted:
+        ready.files |= {file.name: file.read_bytes() for file in sorted(own.folder.glob("*.py"))}
+    else:
+        ready.problems.append(
+            f"{ready.template}: it runs code of its own (auto_map), which the output would too; read that code, then "
+            "pass --trust-remote-code"
+        )
 
 
 def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
@@ -68,18 +88,42 @@ def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
     return checkpoint if all(new == old for new, old in names.items()) else Renamed(checkpoint, names)
 
 
+def _with_head(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """A tied checkpoint, which stores no head, beside a template that does: its head is its embedding."""
+    embedding = input_embedding(checkpoint.names)
+    absent = [name for name in heads(template.names) if name not in checkpoint]
+    if not absent or embedding is None or not ties(checkpoint.config):
+        return checkpoint
+    return Renamed(checkpoint, {name: name for name in checkpoint.names} | dict.fromkeys(absent, embedding))
+
+
 class _Tokens:
     """The tokenizer's part of `prepare`."""
 
     def __init__(self, recipe: MergeRecipe, ready: Prepared, other: Mapping[str, bytes] | None) -> None:
         self.recipe, self.ready = recipe, ready
         self.files = {name: checkpoint.files() for name, checkpoint in ready.checkpoints.items()}
-        tables = {name: read_table(files, name) for name, files in self.files.items()}
-        self.tables = {name: table for name, table in tables.items() if table is not None}
         self.other = other
+        self.tables: dict[str, TokenTable] = {}
+
+    def _read(self) -> None:
+        """The tables. Fine-tunes mostly share their tokenizer's bytes: a large file is then parsed once."""
+        parsed: dict[tuple[bytes | None, ...], TokenTable | None] = {}
+        for name in self.files:
+            key = self._bytes(name)
+            if key not in parsed:
+                parsed[key] = read_table(self.files[name], name)
+            table = parsed[key]
+            if table is not None:
+                self.tables[name] = table
+
+    def _bytes(self, name: str) -> tuple[bytes | None, ...]:
+        return tuple(self.files[name].get(file) for file in _TABLE_FILES)
 
     def run(self) -> None:
         spec = self.recipe.tokenizer_spec()
+        if spec is not None or len({self._bytes(name) for name in self.files}) > 1:
+            self._read()
         if spec is None:
             self._compare()
         else:

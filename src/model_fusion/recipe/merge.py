@@ -57,9 +57,10 @@ class SliceSource(_Part):
 
 
 class Slice(_Part):
-    """Output layers made from equally long ranges of one or more models."""
+    """Output layers made from equally long ranges of one or more models; `base_model` replaces the recipe's here."""
 
     sources: list[SliceSource] = Field(min_length=1)
+    base_model: str | None = None
 
     @model_validator(mode="after")
     def _lengths(self) -> "Slice":
@@ -114,8 +115,10 @@ class MergeRecipe(_Part):
         return self
 
     def tokenizer_spec(self) -> TokenizerSpec | None:
-        """What the recipe says of the output's tokenizer, in whichever way."""
-        return TokenizerSpec(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+        """What the recipe says of the output's tokenizer, in whichever way (`model:NAME` is an old one)."""
+        if self.tokenizer_source:
+            return TokenizerSpec(source=self.tokenizer_source.removeprefix("model:"))
+        return self.tokenizer
 
     def parts(self) -> list[_Part]:
         """Every part that can hold parameters: itself, modules, models, slices and their sources."""
@@ -131,6 +134,7 @@ class MergeRecipe(_Part):
     def model_names(self) -> list[str]:
         """Every model's text in order of appearance, the base last if it appears nowhere else."""
         found = [part.model for part in self.parts() if isinstance(part, ModelEntry | SliceSource)]
+        found += [part.base_model for part in self.parts() if isinstance(part, Slice) and part.base_model]
         if self.base_model:
             found.append(self.base_model)
         return list(dict.fromkeys(found))

@@ -10,6 +10,7 @@ FOLLOWS = 0.95
 AGREES = 0.98
 KL_BAR = 0.1
 PERPLEXITY_BAR = 1.02
+READ = 0.9
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ class Evidence:
         """ "difference +0.113 [+0.101, +0.125], 5 seeds"."""
         d, digits = row["difference"][score], self.metric["digits"] if score == self.metric["name"] else 3
         name = self.metric["label"] if score == self.metric["name"] else score
-        return f"{name}: fusion minus control {d['mean']:+.{digits}f} {bounds(d, digits)}, {d['n']} seeds"
+        text = f"{name}: fusion minus control {d['mean']:+.{digits}f} {bounds(d, digits)}, {d['n']} seeds"
+        parsed = row["scores"].get("parsed")
+        if parsed is not None and parsed["mean"] < READ:
+            text += f" (only {parsed['mean']:.0%} of the control's answers hold an answer that can be read)"
+        return text
 
 
 def bounds(interval: Mapping[str, Any], digits: int) -> str:
@@ -160,6 +165,23 @@ def _baseline(key: str, name: str, unlike: str) -> Callable[[Evidence], Iterator
     return rule
 
 
+def _told(e: Evidence) -> Iterator[Claim]:
+    """A tool call is only as good as its prompt: the text oracle is one with a plainer prompt."""
+    rows = [row for row in e.rows("3") if "agreement" in row.get("difference", {})]
+    if not rows:
+        return
+    row = max(rows, key=lambda row: float(row["scores"]["agreement"]["mean"]))
+    found, text = e.advantage(row, "agreement"), f"told {row['variant']}: {e.said(row, 'agreement')}"
+    claim = "The fusion answers better than the LLM plainly told the expert's answer and asked to give it."
+    if found is None or not e.enough:
+        yield Claim(claim, None, f"too few seeds to tell; {text}")
+    elif found == 1:
+        yield Claim(claim, True, f"{text}. This LLM cannot even repeat the answer reliably")
+    else:
+        yield Claim(claim, False, f"{text}. A tool call with such a prompt, which trains nothing, does as well: "
+                                  "where the prompt is yours to write, prefer it")  # fmt: skip
+
+
 def _relay(e: Evidence) -> Iterator[Claim]:
     count = e.report["task"]["classes"]
     if count == 2:
@@ -186,6 +208,7 @@ RULES: tuple[Callable[[Evidence], Iterator[Claim]], ...] = (
     _against("2", "The LLM could not do this from words alone.", "the LLM told the input in words does as well"),
     _baseline("10", "a tool call", "The tool's words reach this LLM as text; the bridge's signal does not pass through "
                                    "its reading."),
+    _told,
     _baseline("11", "a logit bias", "The bias acts only on the class names; the fusion leaves the words free."),
     _relay,
     _language,

@@ -88,7 +88,8 @@ def _speech(speech: Mapping[str, Any]) -> list[str]:
         f"<p>Mean KL to the text oracle, expert present, {speech['prompts']} unrelated prompts: "
         f"{speech['kl_mean']:.4f} nats a token. Perplexity of {speech['perplexity']['bytes']} bytes of prose: "
         f"{speech['perplexity']['bridge_on']:.3f}, with the bridge off {speech['perplexity']['bridge_off']:.3f}.</p>",
-        _rows(["prompt", "the fused model", "the text oracle"], samples),
+        "<p>Next turns: the task's question was asked and answered, then:</p>",
+        _rows(["question", "the fused model", "the text oracle"], samples),
     ]
     for name, tokens in speech["gates"].items():
         plot = gate_plot(tokens)

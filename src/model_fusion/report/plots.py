@@ -8,6 +8,7 @@ from typing import Any
 
 from model_fusion.errors import MissingDependencyError
 
+LANDMARKS = ("dotted", "dashed", "dashdot", "solid")
 FUSION, CONTROL, UNTRAINED = "#1b6ca8", "#777777", "#c05621"
 
 
@@ -42,10 +43,14 @@ def controls_plot(report: Mapping[str, Any]) -> str:
             if score["low"] is not None:
                 error = [[score["mean"] - score["low"]], [score["high"] - score["mean"]]]
             ax.errorbar([score["mean"]], [place], xerr=error, fmt="o", color=colour, capsize=3)
-        ax.set_yticks(range(len(rows)), [f"{r['control']}  {r['name']}" for r in reversed(rows)])
-        for name, value in report["task"]["landmarks"].items():
-            ax.axvline(value, color="black", linewidth=0.7, linestyle=":")
-            ax.text(value, len(rows) - 0.4, name, rotation=0, fontsize=7, ha="center")
+        ax.set_yticks(
+            range(len(rows)),
+            [f"{r['control']}  {r['name']}{r['variant'] and ': '}{r['variant']}" for r in reversed(rows)],
+        )
+        for (name, value), style in zip(report["task"]["landmarks"].items(), LANDMARKS, strict=False):
+            ax.axvline(value, color="black", linewidth=0.8, linestyle=style, label=name)
+        if report["task"]["landmarks"]:
+            ax.legend(loc="lower left", fontsize=7)
         ax.set_xlabel(f"{report['task']['metric']['label']}, mean and 95 % interval over seeds")
         ax.grid(axis="x", alpha=0.3)
 

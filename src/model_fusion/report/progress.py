@@ -8,12 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def bar(label: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once a step, from any thread. Without a total, steps are only counted."""
+def bar(label: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call after each step, from any thread, with the number of steps there are."""
     console = Console(stderr=True)
-    columns = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    if total is not None:
-        columns += [TextColumn("left"), TimeRemainingColumn()]
+    columns = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left")]
+    columns.append(TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
-        task = shown.add_task(label, total=total)
-        yield lambda: shown.advance(task)
+        task = shown.add_task(label, total=None)
+        yield lambda total: shown.update(task, advance=1, total=total)

@@ -70,11 +70,11 @@ def task_parts(record: Mapping[str, Any] | None) -> dict[str, Given]:
     """
     if not record or "name" not in record:
         return {}
+    from model_fusion.evaluate.saved import live_parts
     from model_fusion.evaluate.tasks import task
 
     made = task(record["name"], **record.get("options", {}))
-    code = {name: getattr(made.expert, name, None) for name in ("module", "function", "preprocess", "words")}
-    return {made.expert_name: Given(**{name: value for name, value in code.items() if callable(value)})}
+    return {made.expert_name: live_parts(made.expert)}
 
 
 def saved_schemas(config: Mapping[str, Any]) -> dict[str, InputSchema]:

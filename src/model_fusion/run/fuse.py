@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ STATE, RUN = "state.pt", "run.json"
 @dataclass(frozen=True)
 class FuseResult:
     """A finished fusion: where it lies, and its training. `history` is None for a bridge without training;
-    `loss` and `agreement` are those of the kept parameters on the validation examples."""
+    `loss` and `agreement` are those of the kept parameters on the validation examples. `written` is false in all
+    processes but the first of several."""
 
     folder: Path
     bridge: str
     history: History | None
     loss: float | None = None
     agreement: float | None = None
+    written: bool = True
 
     def __str__(self) -> str:
         if self.history is None:
@@ -67,27 +69,33 @@ def fuse(
     recipe: a YAML file, the same as a mapping, or a `FuseRecipe`. resume: continue an interrupted run of the same
     recipe. overwrite: replace a fusion in `output` and forget an interrupted run. given: live parts of experts
     that no file holds, by name. Everything is checked before training starts; raises InputError or IntegrityError.
+
+    Under `torchrun` every process trains and the first one writes.
     """
     target = Path(output)
     work = target.absolute().parent / f".{target.absolute().name}.training"
-    check_output(target, work, resume=resume, overwrite=overwrite)
+    writes = int(os.environ.get("RANK", "0")) == 0
+    if writes:
+        check_output(target, work, resume=resume, overwrite=overwrite)
     plan = make_plan(_read(recipe), given=given)
-    if overwrite and not resume:
+    if plan.recipe.dtype == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("dtype: give one in the recipe; several processes could each measure another as the fastest")
+    if overwrite and not resume and writes:
         shutil.rmtree(work, ignore_errors=True)
-    with _nothing_left(target, work):
-        dtype = _begin(work, plan)
+    with _nothing_left(target, work) if writes else nullcontext():
+        dtype = _begin(work, plan) if writes else plan.recipe.dtype
         fused = FusedModel.build(
             plan.recipe.base, experts=plan.experts, bridge=plan.bridge, dtype=dtype, seed=plan.recipe.seed
         )
-        if plan.task is not None:
-            fused.task = {**plan.task, "training": dataclasses.asdict(plan.settings)}
+        fused.task = {**(plan.task or {}), "training": dataclasses.asdict(plan.settings)}
         history = _train(fused, plan, work / STATE, progress) if fused.bridge.trainable else None
-        fused.save_pretrained(target)
-    shutil.rmtree(work)
+        if writes:
+            fused.save_pretrained(target)
+            shutil.rmtree(work)
     if history is None:
-        return FuseResult(target, plan.bridge.kind, None)
+        return FuseResult(target, plan.bridge.kind, None, written=writes)
     _, loss, score = next(v for v in history.validations if v[0] == history.best_step)
-    return FuseResult(target, plan.bridge.kind, history, loss, score)
+    return FuseResult(target, plan.bridge.kind, history, loss, score, writes)
 
 
 def check_output(target: Path, work: Path, *, resume: bool, overwrite: bool) -> None:

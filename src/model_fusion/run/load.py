@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model_fusion.fuse import saving
-from model_fusion.fuse.ask import ask, questions
+from model_fusion.fuse.ask import ask, generation, questions
 from model_fusion.fuse.chat import ChatSession
 from model_fusion.fuse.model import FusedModel
 from model_fusion.run.experts import saved_schemas, task_parts
@@ -25,21 +25,33 @@ def generate(
     inputs: Sequence[str] = (),
     file: Path | None = None,
     allow_pickle: bool = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
     **options: Any,
 ) -> list[tuple[str, str]]:
     """(prompt, answer) for each question to the fusion saved in `folder`; `options` as in `ask`."""
     folder = Path(folder)
     config = saving.read_config(folder)
     saving.check_files(folder, config)
+    generation(max_new_tokens, temperature)  # checked before the LLM is loaded
     asked = questions(saved_schemas(config), prompt=prompt, inputs=inputs, file=file)
     fused = open_fusion(folder, config, allow_pickle=allow_pickle)
-    answers = ask(fused, asked, **options)
+    answers = ask(fused, asked, max_new_tokens=max_new_tokens, temperature=temperature, **options)
     return [(question.prompt, answer) for question, answer in zip(asked, answers, strict=True)]
 
 
-def open_chat(folder: str | Path, *, allow_pickle: bool = False, **options: Any) -> ChatSession:
-    """A chat with the fusion saved in `folder`; `options` as in `ChatSession`."""
+def open_chat(
+    folder: str | Path,
+    *,
+    allow_pickle: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> ChatSession:
+    """A chat with the fusion saved in `folder`; the other arguments as in `ChatSession`."""
+    generation(max_new_tokens, temperature)  # checked before the LLM is loaded
     folder = Path(folder)
     config = saving.read_config(folder)
     saving.check_files(folder, config)
-    return ChatSession(open_fusion(folder, config, allow_pickle=allow_pickle), **options)
+    fused = open_fusion(folder, config, allow_pickle=allow_pickle)
+    return ChatSession(fused, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

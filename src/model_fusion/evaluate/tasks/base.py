@@ -5,6 +5,7 @@ A task carries its own functions, so no code elsewhere asks for a task's name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,3 +69,8 @@ class Task:
     def record(self) -> dict[str, Any]:
         """What a saved fusion keeps of its task, so that an audit finds it again."""
         return {"name": self.name, "options": dict(self.options)}
+
+
+def example_key(example: Example) -> str:
+    """Equal for equal prompts and inputs, arrays included."""
+    return json.dumps([example.prompt, dict(example.inputs)], default=lambda value: value.tolist(), sort_keys=True)

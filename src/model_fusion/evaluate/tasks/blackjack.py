@@ -83,7 +83,7 @@ def draw(figure: Any, items: Sequence[State], texts: Sequence[str]) -> None:
                 if soft == usable and policy[total, dealer, soft] != best[total, dealer, soft]:
                     ax.plot(dealer, total, "k.", markersize=4)
             ax.set(title=f"{title}, {'soft' if usable else 'hard'} sums", xlabel="dealer's card", ylabel="sum")
-    figure.text(0.5, 0.005, "red: hit, blue: stick, grey: unreadable; a dot: not the optimal choice", ha="center")
+    figure.supxlabel("red: hit, blue: stick, grey: unreadable; a dot: not the optimal choice", fontsize=8)
 
 
 def blackjack_task(expert: str | Expert = "grid", *, seed: int = 0, labels: int = 200) -> Task:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from model_fusion.errors import InputError
-from model_fusion.evaluate.tasks.base import Metric, Task
+from model_fusion.evaluate.tasks.base import Metric, Task, example_key
 from model_fusion.evaluate.tasks.exchanged import permuted
 from model_fusion.fuse.experts.base import ClassDecision, Expert, ValueDecision
 from model_fusion.fuse.fit import Example
+from model_fusion.fuse.placeholders import placeholder
 
 LEAST = 10
-FIELDS = ("prompt", "inputs", "answer")
 
 
 @dataclass(frozen=True)
@@ -30,31 +27,6 @@ class ExamplesTask(Task):
 
     def score_examples(self, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
         return self.score(examples, texts)
-
-
-def read_examples(file: Path) -> list[Example]:
-    """Examples of a .jsonl file (one object a line) or a YAML list, each with `prompt`, `inputs` (by expert's
-    name) and `answer`. Raises InputError naming the entry."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as examples ({str(error).splitlines()[0]})") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{file}: expected a list of examples")
-    return [_example(file, number, row) for number, row in enumerate(rows, start=1)]
-
-
-def _example(file: Path, number: int, row: Any) -> Example:
-    if not isinstance(row, Mapping) or set(row) != set(FIELDS):
-        raise InputError(f"{file}: example {number}: expected exactly the fields {', '.join(FIELDS)}")
-    if not isinstance(row["inputs"], Mapping) or not isinstance(row["prompt"], str):
-        raise InputError(f"{file}: example {number}: prompt is a text, inputs map an expert's name to its input")
-    inputs = {name: tuple(item) if isinstance(item, list) else item for name, item in row["inputs"].items()}
-    return Example(row["prompt"], inputs, str(row["answer"]))
 
 
 def examples_task(examples: Sequence[Example], experts: Mapping[str, Expert], *, seed: int = 0) -> ExamplesTask:
@@ -70,6 +42,8 @@ def examples_task(examples: Sequence[Example], experts: Mapping[str, Expert], *,
         raise InputError(f"the examples name none of the experts {', '.join(experts)}")
     if any(name not in example.inputs for example in examples):
         raise InputError(f"every example needs an input for expert {name!r}, which the first one has")
+    if any(example.prompt.count(placeholder(name)) != 1 for example in examples):
+        raise InputError(f"every example needs {placeholder(name)} once in its prompt to be audited")
     expert = experts[name]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = [examples[i] for i in order]
@@ -81,10 +55,10 @@ def examples_task(examples: Sequence[Example], experts: Mapping[str, Expert], *,
 def _task(
     name: str, expert: Expert, train: Sequence[Example], validation: Sequence[Example], test: Sequence[Example]
 ) -> ExamplesTask:
-    answers = {(e.prompt, repr(e.inputs)): e.answer for e in test}
+    answers = {example_key(e): e.answer for e in test}
 
     def score(examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
-        wanted = [answers[e.prompt, repr(e.inputs)] for e in examples]
+        wanted = [answers[example_key(e)] for e in examples]
         return {"agreement": sum(same(a, b) for a, b in zip(texts, wanted, strict=True)) / len(texts)}
 
     def retold(other: Expert) -> ExamplesTask:

@@ -7,6 +7,7 @@ state that a decoder layer returns, `logits_processor` changes next-token scores
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ class Bridge(nn.Module):
     their output once. -1: nothing is computed identically except the prompt before the placeholder."""
     frozen_prompt: ClassVar[bool] = False
     """True where the LLM computes the prompt before the placeholder identically for every row."""
+    takes_space: bool = False
+    """True where the soft tokens stand for words: a word's token brings its own space, so that one space before
+    the placeholder is left out of the ids."""
 
     def __init__(self, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
@@ -87,6 +91,11 @@ class Bridge(nn.Module):
     def embed(self, expert: str, values: Tensor, mask: Tensor) -> Tensor:
         """Embedding rows [N, slots, H] for N occurrences: values [N, T, D], mask [N, T]. Default: neutral."""
         return self.neutral.expand(len(values), self.slots(expert), -1)
+
+    def start_at(self, expert: str, rows: Tensor) -> list[nn.Parameter]:
+        """Take in `rows` float32 [K, slots, H], embeddings that `embed` shall come near; returns the parameters to
+        be fitted for that. Default: none, the bridge has no such rows."""
+        return []
 
     def layers(self) -> tuple[int, ...]:
         """Indices of decoder layers whose output this bridge changes."""
@@ -119,6 +128,28 @@ class Bridge(nn.Module):
 def flat(values: Tensor, mask: Tensor) -> Tensor:
     """[N, T, D] with absent values zeroed (where, not a product: 0 * NaN is NaN), flattened to [N, T * D]."""
     return torch.where(mask[..., None], values, torch.zeros((), dtype=values.dtype)).flatten(1)
+
+
+class Entry(nn.Module):
+    """The first layer of a bridge, [N, inputs] -> [N, width].
+
+    One or two numbers (a regressor's value) come with their sines and cosines at four octaves: a network cannot
+    tell near values apart by the plain number (Fourier features, Tancik et al. 2020, section 4)."""
+
+    FEW = 2
+    OCTAVES = (1.0, 2.0, 4.0, 8.0)
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.few = inputs <= self.FEW
+        self.linear = nn.Linear(inputs * (1 + 2 * len(self.OCTAVES)) if self.few else inputs, width)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        if self.few:
+            angles = torch.cat([numbers * (octave * math.pi / 4) for octave in self.OCTAVES], dim=-1)
+            numbers = torch.cat([numbers, angles.sin(), angles.cos()], dim=-1)
+        out: Tensor = self.linear(numbers)
+        return out
 
 
 def resolve_layer(layer: int, layers: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model_fusion.errors import InputError
-from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, Signal, flat, resolve_layer
+from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, Entry, LLMShape, Signal, flat, resolve_layer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Gate(nn.Module):
 
     def __init__(self, inputs: int, width: int, hidden: int, bias: float) -> None:
         super().__init__()
-        self.inner = nn.Linear(inputs, width)
+        self.inner = Entry(inputs, width)
         self.outer = nn.Linear(width, hidden)
         self.gate = nn.Linear(2 * hidden, 1)
         nn.init.zeros_(self.gate.weight)

@@ -4,6 +4,7 @@ LLM to read them."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ ATTENTION = re.compile(r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|c_attn|qkv_proj|qu
 @dataclass(frozen=True)
 class Lora(BridgeConfig):
     """`tokens` soft tokens and rank-`rank` LoRA (scale alpha / rank) on the attention projections `targets`
-    (empty: the query and value projections, or the joint one where they are stored as one)."""
+    (empty: the query and value projections, or the joint one where they are stored as one). `codes`: see
+    `SoftTokens`."""
 
     kind: ClassVar[str] = "lora"
     training: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "learning_rate": 5e-3, "target": (1.0, 0.02)}
@@ -30,6 +32,7 @@ class Lora(BridgeConfig):
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
+    codes: int = 0
 
     def build(self, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> LoraBridge:
         if self.rank < 1 or self.tokens < 1:
@@ -44,8 +47,12 @@ class LoraBridge(Bridge):
         super().__init__(base, experts)
         self.config = config
         self.adapter = ""
+        self.takes_space = config.codes > 0
         self.soft = nn.ModuleDict(
-            {name: SoftTokens(t * d, config.tokens, config.width, base) for name, (t, d) in experts.items()}
+            {
+                name: SoftTokens(t * d, config.tokens, config.width, base, config.codes)
+                for name, (t, d) in experts.items()
+            }
         )
 
     def slots(self, expert: str) -> int:
@@ -55,9 +62,17 @@ class LoraBridge(Bridge):
         out: Tensor = self.soft[expert](flat(values, mask))
         return out
 
+    def start_at(self, expert: str, rows: Tensor) -> list[nn.Parameter]:
+        soft = self.soft[expert]
+        assert isinstance(soft, SoftTokens)
+        return soft.start_at(rows)
+
     def attach(self, model: nn.Module, name: str) -> None:
         self.adapter = name
-        _peft().inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
+        with warnings.catch_warnings():
+            # Several bridges on one base are what the fused model is made for; it switches between them itself.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            _peft().inject_adapter_in_model(self._peft_config(model), model, adapter_name=name)
         # peft makes an adapter in the base's dtype: bridges train in float32.
         for parameter in self._inside(model).values():
             parameter.data = parameter.data.float()

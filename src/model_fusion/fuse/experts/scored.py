@@ -58,7 +58,8 @@ class ScoredExpert(Expert):
 
     @abstractmethod
     def _tapped(self, prepared: Any) -> Tensor:
-        """Values at the tap, [B], [B, D], [B, T, D] or more dimensions, of what `_prepare` returned."""
+        """Values at the tap (of a classifier: log-probabilities), [B], [B, D], [B, T, D] or more dimensions, of what
+        `_prepare` returned."""
 
     @abstractmethod
     def _decided(self, prepared: Any) -> Decision:
@@ -70,14 +71,22 @@ class ScoredExpert(Expert):
 
     def _learn_shape(self, feature_shape: tuple[int, int] | None) -> None:
         if feature_shape is None:
-            values = three_dimensional(self._tapped(self._prepare([probe_item(self.inputs)])))
+            values = self._features(self._prepare([probe_item(self.inputs)]))
             feature_shape = (values.shape[1], values.shape[2])
         self.feature_shape = (int(feature_shape[0]), int(feature_shape[1]))
+
+    def _features(self, prepared: Any) -> Tensor:
+        """Values at the tap, [B, T, D]. A classifier's output is its log-probabilities, whose tails tell how sure
+        it is, and beside them the probabilities, without which two nearly equal classes are hard to tell apart."""
+        values = three_dimensional(self._tapped(prepared))
+        if self.classes is not None and self.tap == "output":
+            values = torch.cat([values, values.exp()], dim=-1)
+        return values
 
     def encode(self, inputs: Sequence[Any]) -> Features:
         """Features float32 [B, T, D] on the CPU; all of them present. Raises InputError on NaN or
         infinity."""
-        values = three_dimensional(self._tapped(self._prepare(inputs)))
+        values = self._features(self._prepare(inputs))
         self._require_finite(values)
         if len(values) != len(inputs) or tuple(values.shape[1:]) != self.feature_shape:
             expected = [len(inputs), *self.feature_shape]

@@ -73,13 +73,14 @@ def extract(
     dtype: str = "float32",
     overwrite: bool = False,
     threads: int = 0,
-    step: Callable[[], object] = lambda: None,
+    step: Callable[[int], object] = lambda total: None,
 ) -> Extracted:
     """Write the adapter to `output`.
 
     **Arguments**
     save_rest: keep changed embeddings, norms and biases whole (peft's modules_to_save).
-    exclude: parts of tensor names to leave out. dtype: of the stored matrices. `step` is called after each tensor.
+    exclude: parts of tensor names to leave out. dtype: of the stored matrices. `step` is called after each
+        tensor with the number of tensors.
 
     **Raises** `InputError` where the two differ in names or shapes, hold NaN, or are equal.
     """
@@ -105,7 +106,7 @@ def extract(
     largest += [_renamed(pair.tuned_spec(name), PREFIX + pair.path(name)) for name in saved]
     with AppendingWriter(output, WEIGHTS, largest) as writer:
         for spec, factors, hashes in ordered(make, linear, threads):
-            step()
+            step(len(linear))
             if factors.rank:
                 result.kept.append(Kept(spec.name, factors.rank, factors.share, factors.total))
                 writer.append(f"{_key(pair, spec)}.lora_A.weight", factors.a, hashes)

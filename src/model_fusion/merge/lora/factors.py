@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
+from model_fusion.merge import spectrum
 
-OVERSAMPLING, POWER = 8, 3
+POWER = 3
 EXACT_UP_TO = 1024
 """Up to this smaller side the whole spectrum is computed; beyond, the leading part by random projection."""
 
@@ -81,17 +82,9 @@ def truncate(delta: Tensor, wanted: Wanted, seed: int = 0) -> Factors:
 
 
 def leading(matrix: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `count` singular triples by random projection with power iterations and orthonormalisation
-    between them (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1). Never above the true values."""
-    rows, columns = matrix.shape
-    wide = min(count + OVERSAMPLING, rows, columns)
-    generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(columns, wide, generator=generator)
-    basis = torch.linalg.qr(matrix @ probe)[0]
-    for _ in range(POWER):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
-    u, s, vh = _svd(basis.T @ matrix)
-    return (basis @ u)[:, :count], s[:count], vh[:count]
+    """The first `count` singular triples by random projection; never above the true values."""
+    found = spectrum.leading(spectrum.whole(matrix), count, seed, POWER)
+    return found.u, found.s, found.vh
 
 
 def join(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:

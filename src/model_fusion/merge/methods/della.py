@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, Sees, register
+from model_fusion.merge.methods.compiled import kernel
 from model_fusion.merge.methods.dare import DareParams, draw_masks, masked_merge
 from model_fusion.merge.methods.random_masks import as_mask, kept_below, uniform_bits
 from model_fusion.merge.methods.ties import Trimmed
@@ -82,6 +83,10 @@ def above_rank(bits: NDArray[np.int32], limit: NDArray[np.float32]) -> NDArray[n
     mostly make. Of the rest the buckets are sorted.
     """
     rows, columns = bits.shape
+    if (compiled := kernel("above_rank")) is not None:
+        chosen = np.empty(bits.shape, dtype=np.bool_)
+        compiled(bits, limit, _SHIFT, _WIDTH, chosen)
+        return chosen
     prefix = bits >> _SHIFT
     bucket = prefix - np.int32(int(prefix.max()) - _WIDTH + 1)
     np.maximum(bucket, 1, out=bucket)
@@ -91,7 +96,7 @@ def above_rank(bits: NDArray[np.int32], limit: NDArray[np.float32]) -> NDArray[n
     odd = prefix != bits
     odd |= bucket == 1
     bucket += np.arange(rows, dtype=np.int32)[:, None] * np.int32(_WIDTH)
-    flat, asked = bucket.reshape(-1), limit.reshape(-1)
+    flat, asked = bucket.reshape(-1), limit.reshape(-1) + np.float32(0)  # −0 becomes +0
     sizes = torch.bincount(torch.from_numpy(flat), minlength=rows * _WIDTH).float()
     ends = sizes.view(rows, _WIDTH).cumsum(1).view(-1).numpy()
     # below 0 every element is above its limit, from C − 1 on none; as unsigned bits, negative floats are large
@@ -110,7 +115,7 @@ def above_rank(bits: NDArray[np.int32], limit: NDArray[np.float32]) -> NDArray[n
         mixed[place[unsure]] = True
         start = end[unsure] - size[unsure]
         rank[unsure] = start + _rank_inside(bits.reshape(-1), flat, mixed, open_[unsure])
-    keep = np.signbit(limit).reshape(-1)
+    keep = limit.reshape(-1) < 0
     keep[open_] = rank > asked
     return keep.reshape(rows, columns)
 

@@ -139,9 +139,9 @@ def _settle(blocks: Blocks, sizes: list[int], search: _Search, rest: int) -> Cut
     """The cut that keeps `rest` of the values inside the bracket."""
     level, equal = search.low, search.inside
     if search.found:
-        every = np.concatenate(search.found)
-        level = int(np.partition(every, every.size - rest)[every.size - rest])
-        rest -= int(np.count_nonzero(every > level))
+        every = np.sort(np.concatenate(search.found))  # a partition is slower where many are equal
+        level = int(every[every.size - rest])
+        rest -= every.size - int(np.searchsorted(every, level, side="right"))
         equal = [int(np.count_nonzero(found == level)) for found in search.found]
     threshold = float(np.int32(level).view(np.float32))
     if rest == sum(equal):

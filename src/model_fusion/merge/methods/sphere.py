@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, register
-from model_fusion.merge.methods.blocks import delta, dot, parts
+from model_fusion.merge.methods.blocks import BLOCK, delta, dot, parts
 from model_fusion.merge.methods.linear import Weighted, weight_sum
 from model_fusion.merge.methods.slerp import arc_weights
 
 Vector = NDArray[np.float64]
+
+
+Coefficient: TypeAlias = "float | _Spread"
 
 
 def gram(models: Sequence[Tensor], base: Tensor | None) -> Vector:
@@ -59,7 +63,7 @@ def _combine(
     model_params: Sequence[object],
     params: object,
     key: Key,
-    state: Sequence[float | Tensor],
+    state: Sequence[Coefficient],
     start: int,
 ) -> Tensor:
     """base + Σ cᵢ δᵢ (without a base Σ cᵢ θᵢ)."""
@@ -67,7 +71,7 @@ def _combine(
     out: Tensor | None = None
     for model, c in zip(models, state, strict=True):
         term = delta(model, wide)
-        term.mul_(c[start : start + term.numel()] if isinstance(c, Tensor) else c)
+        term.mul_(c.at(start, term.numel()) if isinstance(c, _Spread) else c)
         out = term if out is None else out.add_(term)
     assert out is not None
     return out if wide is None else out.add_(wide)
@@ -89,7 +93,7 @@ def _nuslerp_weights(
     model_params: Sequence[Weighted],
     params: NuslerpParams,
     key: Key,
-) -> list[float | Tensor]:
+) -> list[Coefficient]:
     weights = [p.weight for p in model_params]
     t = weights[1] / weight_sum(weights, "nuslerp")
     if params.nuslerp_flatten or models[0].dim() < 2:
@@ -97,16 +101,47 @@ def _nuslerp_weights(
         norms = math.sqrt(dots[0, 0] * dots[1, 1])
         cosine = max(-1.0, min(1.0, dots[0, 1] / norms)) if norms > 0 else 1.0
         return list(arc_weights(cosine, t, parallel=1.0 - 1e-14))
-    dim = 0 if params.nuslerp_row_wise else -1
-    a, b = (delta(m, base).double() for m in models)
-    norms_ab = a.norm(dim=dim, keepdim=True) * b.norm(dim=dim, keepdim=True)
-    cosines = ((a * b).sum(dim, keepdim=True) / norms_ab.clamp_min(1e-300)).clamp(-1.0, 1.0)
+    columns = models[0].shape[-1]
+    aa, ab, bb = (_dots(models, base, columns, pair, params.nuslerp_row_wise) for pair in ((0, 0), (0, 1), (1, 1)))
+    lengths = (aa * bb).sqrt()
+    cosines = (ab / lengths.clamp_min(1e-300)).clamp(-1.0, 1.0)
     theta = torch.acos(cosines)
-    straight = (norms_ab == 0) | (cosines.abs() > 1.0 - 1e-14)
+    straight = (lengths == 0) | (cosines.abs() > 1.0 - 1e-14)
     sine = theta.sin().masked_fill(straight, 1.0)
     first = torch.where(straight, 1.0 - t, ((1.0 - t) * theta).sin() / sine)
     second = torch.where(straight, t, (t * theta).sin() / sine)
-    return [x.float().expand(a.shape).reshape(-1) for x in (first, second)]
+    return [_Spread(x.float(), columns, params.nuslerp_row_wise) for x in (first, second)]
+
+
+def _dots(models: Sequence[Tensor], base: Tensor | None, columns: int, pair: tuple[int, int], across: bool) -> Tensor:
+    """float64: dot products of a pair of models (of their differences), one for each row or, across, each column."""
+    rows = [models[i].reshape(-1, columns) for i in pair]
+    rows_base = None if base is None else base.reshape(-1, columns)
+    step, found = max(1, BLOCK // columns), []
+    for r in range(0, rows[0].shape[0], step):
+        part = slice(r, r + step)
+        a, b = (delta(x[part], None if rows_base is None else rows_base[part]).double() for x in rows)
+        found.append((a * b).sum(0 if across else 1))
+    return torch.stack(found).sum(0) if across else torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A coefficient for each row (or, across, for each column) of a tensor."""
+
+    values: Tensor
+    columns: int
+    across: bool
+
+    def at(self, start: int, count: int) -> Tensor:
+        """float32 [count]: the coefficients of the flat elements from `start`."""
+        row = start // self.columns
+        if self.across:
+            repeats = (start + count - 1) // self.columns - row + 1
+            return self.values.repeat(repeats)[start - row * self.columns :][:count]
+        last = (start + count - 1) // self.columns + 1
+        spread = self.values[row:last, None].expand(-1, self.columns).reshape(-1)
+        return spread[start - row * self.columns :][:count]
 
 
 @dataclass(frozen=True)
@@ -136,7 +171,7 @@ def _multislerp_weights(
     model_params: Sequence[Weighted],
     params: MultislerpParams,
     key: Key,
-) -> list[float | Tensor]:
+) -> list[Coefficient]:
     """The normalised weighted mean (or the log-map mean at it), times the weighted mean norm."""
     raw = [p.weight for p in model_params]
     weights = np.array(raw) / (weight_sum(raw, "multislerp") if params.normalize_weights else 1.0)
@@ -167,7 +202,7 @@ def _karcher_weights(
     model_params: Sequence[NoParams],
     params: KarcherParams,
     key: Key,
-) -> list[float | Tensor]:
+) -> list[Coefficient]:
     """Riemannian mean of the non-zero unit tensors, times the mean norm of all non-zero tensors."""
     norms, units = _unit(gram(models, base), 0.0)
     present = norms > 0
@@ -186,7 +221,7 @@ def _karcher_weights(
     return _scaled(point, norms, float(weights @ norms))
 
 
-def _scaled(point: Vector, norms: Vector, length: float) -> list[float | Tensor]:
+def _scaled(point: Vector, norms: Vector, length: float) -> list[Coefficient]:
     """Coefficients of the inputs from those of the unit vectors."""
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     return [float(c) for c in point * inverse * length]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
@@ -42,12 +43,16 @@ def merge_state_dicts(
     seed: int = 0,
     **params: Any,
 ) -> dict[str, Tensor]:
-    """Merges tensors of equal names, in each one's own dtype; integer tensors are taken from the first dict.
+    """Merges tensors of equal names, float32 inside, each written in the first dict's dtype.
+
+    Integer and bool tensors are taken from the first dict. Names that share one tensor in every dict (tied weights)
+    share the result. BatchNorm's running statistics are merged like weights: re-estimate them on data afterwards,
+    most of all after task-vector methods, which can make a variance negative.
 
     **Arguments**
     model_params: one mapping a model (weight, density …); params: the method's own (normalize, …).
 
-    **Raises** InputError where names, shapes, parameters or the base do not fit.
+    **Raises** InputError where names, shapes, dtypes, parameters or the base do not fit, or values are NaN or Inf.
     """
     chosen = get(method)
     if not state_dicts:
@@ -61,6 +66,11 @@ def merge_state_dicts(
         if odd := sorted(set(names) ^ set(other)):
             raise InputError(f"state dict {i} differs from the first in {len(odd)} names, the first is {odd[0]!r}")
     floats = [n for n in names if state_dicts[0][n].is_floating_point()]
+    every = [*state_dicts, *([] if base is None else [base])]
+    for i, one in enumerate(every):
+        where = f"state dict {i}" if i < len(state_dicts) else "the base"
+        for name in names:
+            _check_tensor(one[name], name in floats, f"{where}: {name!r}")
     model_cuts: list[dict[str, Cut]] | None = None
     if getattr(own, "trim", "tensor") == "global":
         if base is None:
@@ -70,11 +80,32 @@ def merge_state_dicts(
             for d, p in zip(state_dicts, each, strict=True)
         ]
     out: dict[str, Tensor] = {}
+    first_name: dict[tuple[object, ...], str] = {}
     for name in names:
+        own_tensor = state_dicts[0][name]
+        twin = first_name.setdefault(_storage([d[name] for d in every]), name)
+        if twin != name:
+            out[name] = out[twin]
+            continue
         if name not in floats:
-            out[name] = state_dicts[0][name].clone()
+            out[name] = own_tensor.detach().clone()
             continue
         key = Key(seed, name, cuts=None if model_cuts is None else [c[name] for c in model_cuts])
-        merged = chosen.run([d[name] for d in state_dicts], None if base is None else base[name], each, own, key)
-        out[name] = merged.to(state_dicts[0][name].dtype)
+        with torch.no_grad():
+            merged = chosen.run([d[name] for d in state_dicts], None if base is None else base[name], each, own, key)
+        out[name] = merged.to(own_tensor.dtype)
     return out
+
+
+def _check_tensor(tensor: Tensor, is_float: bool, where: str) -> None:
+    if tensor.is_complex():
+        raise InputError(f"{where} is complex: merge its real and imaginary parts as tensors of their own")
+    if tensor.is_floating_point() != is_float:
+        raise InputError(f"{where} is {tensor.dtype}, in the first state dict it is {'' if is_float else 'not '}float")
+    if is_float and not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{where} holds NaN or Inf")
+
+
+def _storage(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    """Equal for two names that are one tensor in every model; unique for tensors without elements."""
+    return tuple((t.data_ptr() or id(t), t.shape, t.stride()) for t in tensors)
