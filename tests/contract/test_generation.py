@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import fused_fixtures as fx
+from model_fusion.errors import InputError
+from model_fusion.fuse import answer as answering
 from model_fusion.fuse.model import FusedModel
 
 every_architecture = pytest.mark.parametrize("architecture", fx.ARCHITECTURES)
@@ -226,3 +228,38 @@ def test_tool_answers_as_the_words_in_its_place(architecture: str) -> None:
     assert other.tolist() != told["input_ids"].tolist()
     base = fx.plain(architecture).generate(**told, **FIXED, suppress_tokens=list(fused.reserved.values()))
     assert torch.equal(fused.generate(**asked, **FIXED), base)
+
+
+@every_architecture
+@every_bridge
+def test_what_prompts_share_is_computed_once(architecture: str, bridge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`answer` keeps the keys and values of a common beginning; other values there would be noticed."""
+    fused = fx.fused(architecture, bridge)
+    prompts, items = [fx.PROMPTS[0]] * 4, [{"sign": x} for x in (-1.0, -0.3, 0.3, 1.0)]
+    alone = [fused.answer([prompt], [item], **FIXED)[0] for prompt, item in zip(prompts, items, strict=True)]
+    reads: list[int] = []
+    right = answering.common_prompt
+
+    def counted(model: FusedModel, rows: Any) -> dict[str, Any]:
+        found = right(model, rows)
+        reads.append(found["past_key_values"].get_seq_length())
+        return found
+
+    monkeypatch.setattr(answering, "common_prompt", counted)
+    assert fused.answer(prompts, items, **FIXED) == alone
+    assert reads[0] > 0
+
+    def wrong(model: FusedModel, rows: Any) -> dict[str, Any]:
+        found = right(model, rows)
+        for layer in found["past_key_values"].layers:
+            layer.values = -10 * layer.values
+        return found
+
+    monkeypatch.setattr(answering, "common_prompt", wrong)
+    assert fused.answer(prompts, items, **FIXED) != alone
+
+
+def test_answer_gives_one_text_for_each_prompt() -> None:
+    fused = fx.fused("llama", "prefix")
+    with pytest.raises(InputError, match="call generate"):
+        fused.answer([fx.PROMPTS[0]], [{"sign": 1.0}], num_return_sequences=2)

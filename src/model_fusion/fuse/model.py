@@ -16,14 +16,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from model_fusion.checkpoint.llm import DEFAULT_LLM, LLMSource, load_llm, resolve_llm
 from model_fusion.errors import InputError
-from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, Logit, Signal, bridge_config
-from model_fusion.fuse.bridges.untrained import AnswerBias
+from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, Signal, bridge_config
 from model_fusion.fuse.config import FusedConfig
-from model_fusion.fuse.experts.base import ClassDecision, Expert
+from model_fusion.fuse.experts.base import Expert
 from model_fusion.fuse.normalise import Normaliser
 from model_fusion.fuse.placeholders import reserve_ids
 from model_fusion.fuse.precision import fastest_dtype
-from model_fusion.fuse.processor import Encoded, FusedProcessor, Messages
+from model_fusion.fuse.processor import FusedProcessor, Messages
 from model_fusion.fuse.wire import Wire, started
 
 if TYPE_CHECKING:
@@ -364,67 +363,10 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         batch_size: int = 64,
         **options: Any,
     ) -> list[str]:
-        """Answers in words, greedy unless `options` (as `generate` takes them) say otherwise."""
-        processor = self.processor
-        rows = processor.encode(prompts, inputs)
-        settings = {
-            "do_sample": False,
-            "max_new_tokens": max_new_tokens,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **options,
-        }
-        if not settings["do_sample"]:
-            settings |= {"temperature": None, "top_p": None, "top_k": None}
-        alone = settings.get("num_beams", 1) == settings.get("num_return_sequences", 1) == 1
-        bias = self._answer_bias(inputs, [len(row.occurrences) for row in rows])
-        texts = [""] * len(rows)
-        # Equal lengths together: no padding is computed, and what rows have in common is computed once.
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
-        for start in range(0, len(rows), batch_size):
-            chosen = order[start : start + batch_size]
-            taken = [rows[row] for row in chosen]
-            batch = {k: v.to(self.device) for k, v in processor.collate(taken, left=True).items()}
-            length = batch["input_ids"].shape[1]
-            extra: dict[str, Any] = self.common_prompt(taken) if alone and settings.get("use_cache", True) else {}
-            if bias:
-                extra["logits_processor"] = LogitsProcessorList([bias(chosen, length)])
-            out = self.generate(**batch, **settings, **extra)
-            for row, text in zip(
-                chosen, self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True
-            ):
-                texts[row] = text.strip()
-        return texts
+        """Answers in words, greedy unless `options` (as `generate` takes them) say otherwise; one for each prompt."""
+        from model_fusion.fuse.answer import answer
 
-    def common_prompt(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Keys and values of the ids that open all `rows` before any placeholder, computed once."""
-        from model_fusion.fuse.shortcut import expanded, shared_prompt
-
-        equal = len({len(row.ids) for row in rows}) == 1
-        shared = shared_prompt(rows, set(self.reserved.values())) if equal and len(rows) > 1 else 0
-        if not shared:
-            return {}
-        ids = torch.tensor([rows[0].ids[:shared]], device=self.device)
-        return {"past_key_values": expanded(self.base(input_ids=ids, use_cache=True).past_key_values, len(rows))}
-
-    def _answer_bias(self, rows_inputs: Sequence[Mapping[str, Any]] | None, counts: Sequence[int]) -> Any:
-        """For the `logit` bridge: a maker of logits processors for chosen rows. counts: each row's placeholders; of
-        several (a conversation) the last one speaks."""
-        config = self.fusion.config
-        if not isinstance(config, Logit) or rows_inputs is None or not self.enabled:
-            return None
-        if len(self.experts) != 1:
-            raise InputError("the logit bridge answers for one expert; this model has several")
-        (name, expert), processor = next(iter(self.experts.items())), self.processor
-        have = [row for row, count in enumerate(counts) if count]
-        if not have:
-            return None
-        decision = expert.decide([rows_inputs[r][name] if counts[r] == 1 else rows_inputs[r][name][-1] for r in have])
-        if not isinstance(decision, ClassDecision):
-            raise InputError("the logit bridge needs a classifier: a value has no class names to bias")
-        log_probs = torch.full((len(counts), len(decision.classes)), float("nan"))
-        log_probs[have] = decision.log_probs
-        answers = [processor.answer_ids(name) for name in decision.classes]
-        return lambda chosen, length: AnswerBias(answers, log_probs[chosen].to(self.device), length, config)
+        return answer(self, prompts, inputs, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)
 
     # ---- what PreTrainedModel asks for ---------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model_fusion.fuse.answer import common_prompt
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import placeholder
 from model_fusion.fuse.processor import Encoded, Messages
@@ -61,7 +62,7 @@ class Teacher:
                 pad_token_id=fused.tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_logits=True,
-                **fused.common_prompt(rows),
+                **common_prompt(fused, rows),
             )
         said = out.sequences[:, ids.shape[1] :].tolist()
         steps = [summary(logits, self.top_k) for logits in out.logits]
