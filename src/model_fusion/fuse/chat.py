@@ -17,7 +17,7 @@ from model_fusion.fuse.data import checked_inputs
 from model_fusion.fuse.inputs import known, parse_item
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import PLACEHOLDER, placeholder
-from model_fusion.recipe.merge import nearest
+from model_fusion.recipe.reading import nearest
 
 COMMANDS = {
     "/expert": "NAME VALUES: set an expert's input, in words or JSON; your next message carries it",

@@ -13,7 +13,7 @@ from model_fusion.fuse.experts.schema import InputSchema
 from model_fusion.fuse.fit import Example
 from model_fusion.fuse.inputs import check_item, known, parse_item
 from model_fusion.fuse.placeholders import PLACEHOLDER, placeholder
-from model_fusion.recipe.merge import nearest
+from model_fusion.recipe.reading import nearest
 
 KEYS = ("prompt", "inputs", "answer")
 

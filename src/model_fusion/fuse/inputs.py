@@ -9,7 +9,7 @@ from typing import Any
 
 from model_fusion.errors import InputError
 from model_fusion.fuse.experts.schema import InputSchema
-from model_fusion.recipe.merge import nearest
+from model_fusion.recipe.reading import nearest
 
 
 def parse_item(name: str, schema: InputSchema, text: str) -> Any:

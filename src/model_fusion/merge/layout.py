@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from model_fusion.architecture.align import known_modules, module
 from model_fusion.architecture.roles import before_layers, main_stack, role_of, stacks, with_layer
 from model_fusion.checkpoint.reader import Checkpoint
-from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, Slice, SliceSource, nearest
+from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, Slice, SliceSource
+from model_fusion.recipe.reading import nearest
 
 
 @dataclass(frozen=True)

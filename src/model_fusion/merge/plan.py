@@ -18,8 +18,9 @@ from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.errors import InputError
 from model_fusion.merge.layout import Item, Layout
 from model_fusion.merge.prepare import Prepared
-from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource, nearest
+from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource
 from model_fusion.recipe.parameters import evaluate, filters_of
+from model_fusion.recipe.reading import nearest
 
 # mergekit options that change its memory use, not the result
 _WITHOUT_EFFECT = {"int8_mask"}

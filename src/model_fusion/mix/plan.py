@@ -18,8 +18,8 @@ from model_fusion.mix import config as configs
 from model_fusion.mix.families import FAMILIES, Family
 from model_fusion.mix.families.base import FFN
 from model_fusion.mix.families.dense import DENSE, REFUSED
-from model_fusion.recipe.merge import nearest
 from model_fusion.recipe.mix import ExpertEntry, MixRecipe
+from model_fusion.recipe.reading import nearest
 from model_fusion.tokenizer.table import VOCABULARY_FILES, read_table
 
 How = Literal["copy", "mean", "rows", "columns", "zeros", "gate"]

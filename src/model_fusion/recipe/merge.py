@@ -3,17 +3,15 @@
 Unknown keys are errors that name the nearest valid key. Knows no file but the recipe's own.
 """
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_fusion.errors import InputError
 from model_fusion.recipe.documents import in_order, joined
 from model_fusion.recipe.parameters import check_value
+from model_fusion.recipe.reading import mistake, nearest, yaml_documents
 from model_fusion.recipe.tokenizer import ModelToken, TokenEmbedding, TokenizerSpec, Zero
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -140,25 +138,9 @@ class MergeRecipe(_Part):
         return list(dict.fromkeys(found))
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the valid words, to end an error message with."""
-    options = list(valid)
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(options))}"
-
-
 def load(path: Path) -> MergeRecipe:
     """Read a recipe file. Raises `InputError` with one line: what is wrong, where, what would be right."""
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise InputError(f"no such recipe: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
-        raise InputError(f"{path}{line}: not valid YAML") from error
+    documents = yaml_documents(path)
     return parse(joined([d for d in documents if d is not None] or [None], str(path)), str(path))
 
 
@@ -176,11 +158,7 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
     try:
         recipe = MergeRecipe.model_validate(data)
     except ValidationError as error:
-        # of a choice of forms, the one whose own rule failed says more than those that did not fit at all
-        first = min(error.errors(), key=lambda found: found["type"] != "value_error")
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+        raise mistake(error, where) from error
     recipe.order()
     return recipe
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_fusion.errors import InputError
-from model_fusion.recipe.merge import Dtype, nearest
+from model_fusion.recipe.merge import Dtype
+from model_fusion.recipe.reading import mistake, nearest, yaml_documents
 
 GateName = Literal[
     "auto", "ridge", "mean", "hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "gateless"
@@ -105,16 +105,10 @@ class MixRecipe(_Strict):
 
 def load(path: Path) -> MixRecipe:
     """Read a recipe file. Raises `InputError` with one line: what is wrong, where, what would be right."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no such recipe: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}{f', line {place.line + 1}' if place else ''}: not valid YAML") from error
-    return parse(data, str(path))
+    documents = yaml_documents(path)
+    if len(documents) != 1:
+        raise InputError(f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file")
+    return parse(documents[0], str(path))
 
 
 def parse(data: Any, where: str = "recipe") -> MixRecipe:
@@ -135,10 +129,7 @@ def parse(data: Any, where: str = "recipe") -> MixRecipe:
     try:
         return MixRecipe.model_validate(translated)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {place + ': ' if place else ''}{message}") from error
+        raise mistake(error, where) from error
 
 
 def _from_mergekit(data: dict[str, Any], where: str) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from model_fusion.errors import InputError
-from model_fusion.recipe.merge import nearest
+from model_fusion.recipe.reading import mistake, nearest, yaml_documents
 
 
 class Strict(BaseModel):
@@ -32,16 +31,7 @@ Kind = TypeVar("Kind", bound=Strict)
 
 def read_yaml(path: Path) -> Any:
     """The one YAML document of a file. Raises InputError."""
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise InputError(f"no such recipe: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
-        raise InputError(f"{path}{line}: not valid YAML") from error
+    documents = yaml_documents(path)
     if len(documents) != 1:
         raise InputError(f"{path}: expected one YAML document, found {len(documents)}; write one recipe a file")
     return documents[0]
@@ -54,8 +44,4 @@ def validated(kind: type[Kind], data: Any, where: str) -> Kind:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{where}: {place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from error
+        raise mistake(error, where) from error

@@ -21,7 +21,7 @@ from model_fusion.fuse.fit import ExampleLike, held_out
 from model_fusion.fuse.placeholders import reserve_ids
 from model_fusion.fuse.processor import FusedProcessor
 from model_fusion.recipe.fuse import FuseRecipe
-from model_fusion.recipe.merge import nearest
+from model_fusion.recipe.reading import nearest
 from model_fusion.run.experts import load_experts
 from model_fusion.training.loop import TrainSettings
 
