@@ -67,7 +67,9 @@ def common_prompt(fused: FusedModel, rows: Sequence[Encoded]) -> dict[str, Any]:
     if not shared:
         return {}
     ids = torch.tensor([rows[0].ids[:shared]], device=fused.device)
-    return {"past_key_values": expanded(fused.base(input_ids=ids, use_cache=True).past_key_values, len(rows))}
+    with fused.bridge_off():  # no bridge acts before a placeholder
+        cache = fused.base(input_ids=ids, use_cache=True).past_key_values
+    return {"past_key_values": expanded(cache, len(rows))}
 
 
 def answer_bias(

@@ -272,6 +272,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
                 raise InputError("gradient checkpointing cannot read a KV cache: train without past_key_values")
             kwargs["use_cache"] = False
         signal, rows = self._signal(input_ids, expert_features, expert_mask, expert_index, expert_active, kwargs)
+        self.bridge.hear(signal)
         with self.wire.send(self.bridge if signal is not None else None, signal, rows):
             out = self.base(input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
         loss = None if labels is None else answer_loss(out.logits, labels, num_items_in_batch)

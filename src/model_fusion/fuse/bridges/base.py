@@ -111,6 +111,10 @@ class Bridge(nn.Module):
     def detach(self, model: nn.Module, name: str) -> None:
         """Take out again what `attach` put in."""
 
+    def hear(self, signal: Signal | None) -> None:
+        """Told before each forward pass what it carries (None: no expert), for what lives inside the LLM. It holds
+        until the next one, since gradient checkpointing runs layers again."""
+
     def set_enabled(self, model: nn.Module, name: str, enabled: bool) -> None:
         """Switch what lives inside the LLM on or off (adapters); hooks are the fused model's business."""
 

@@ -1,5 +1,8 @@
 """`lora` (LoRA fusion): features become tokens, and LoRA on the attention projections (through peft) adapts the
-LLM to read them."""
+LLM to read them.
+
+The adapter acts from the placeholder on. Before it, and in rows without an expert, the LLM is exactly the base.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from model_fusion.errors import InputError, IntegrityError, MissingDependencyError
-from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, flat
+from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, Signal, flat
 from model_fusion.fuse.bridges.prefix import SoftTokens
 
 ATTENTION = re.compile(r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|c_attn|qkv_proj|query_key_value)$")
@@ -42,11 +46,13 @@ class Lora(BridgeConfig):
 
 class LoraBridge(Bridge):
     kind = "lora"
+    frozen_prompt = True
 
     def __init__(self, config: Lora, base: LLMShape, experts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(base, experts)
         self.config = config
         self.adapter = ""
+        self._acts: Tensor | None = None
         self.takes_space = config.codes > 0
         self.soft = nn.ModuleDict(
             {
@@ -76,6 +82,19 @@ class LoraBridge(Bridge):
         # peft makes an adapter in the base's dtype: bridges train in float32.
         for parameter in self._inside(model).values():
             parameter.data = parameter.data.float()
+        for layer in _lora_layers(model):
+            if name in layer.lora_B:
+                layer.lora_B[name].register_forward_hook(self._from_the_placeholder)
+
+    def hear(self, signal: Signal | None) -> None:
+        self._acts = None if signal is None else signal.active.any(dim=-1)
+
+    def _from_the_placeholder(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The adapter's change [B, Q, H] where an expert's placeholder stands at or before the position, else 0."""
+        if self._acts is None:
+            return torch.zeros_like(output)
+        here = self._acts[..., None].to(output.device)
+        return torch.where(here, output, torch.zeros((), dtype=output.dtype, device=output.device))
 
     def detach(self, model: nn.Module, name: str) -> None:
         for layer in _lora_layers(model):
