@@ -103,7 +103,7 @@ def waves(items: list[float]) -> np.ndarray:
 
 @cache
 def experts() -> dict[str, Expert]:
-    """`sign`: a classifier, features [1, 2]. `series`: three values of four numbers, no decision."""
+    """`sign`: a classifier, features [1, 4]. `series`: three values of four numbers, no decision."""
     return {
         "sign": Expert.from_callable(chances, SCHEMA, classes=("yes", "no")),
         "series": Expert.from_callable(waves, SCHEMA, output="features", feature_shape=(3, 4)),

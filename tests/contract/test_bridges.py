@@ -52,13 +52,24 @@ def test_adapter_left_on_is_seen(architecture: str, monkeypatch: pytest.MonkeyPa
         check_off(fx.fused(architecture, "lora"), architecture)
 
 
-@every_architecture
-@pytest.mark.parametrize("bridge", ["prefix", "gated", "cross_attention", "logit", "tool"])
 @torch.no_grad()
-def test_without_an_expert_a_frozen_base_is_the_plain_base(architecture: str, bridge: str) -> None:
-    fused = fx.fused(architecture, bridge)
+def check_without_an_expert(fused: FusedModel, architecture: str) -> None:
     batch = fused.processor(["no cards here", "what to do now, please?"])
     assert torch.equal(fused(**batch).logits, fx.plain(architecture)(**batch).logits)
+
+
+@every_architecture
+@pytest.mark.parametrize("bridge", ["prefix", "gated", "cross_attention", "lora", "logit", "tool"])
+def test_without_an_expert_it_is_the_plain_base(architecture: str, bridge: str) -> None:
+    check_without_an_expert(fx.fused(architecture, bridge), architecture)
+
+
+@every_architecture
+def test_adapter_without_an_expert_is_seen(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraBridge, "_from_the_placeholder", lambda self, module, args, output: output)
+    fused = fx.build(architecture, fx.TRAINED["lora"])
+    with pytest.raises(AssertionError):
+        check_without_an_expert(fused, architecture)
 
 
 def with_rows(fused: FusedModel, architecture: str, batch: dict[str, Tensor], rows: Callable[..., Tensor]) -> Tensor:
