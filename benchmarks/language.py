@@ -113,7 +113,7 @@ def divergence(fused: FusedModel, task: Task, a: argparse.Namespace) -> dict[str
         "median": float(tokens.median()),
         "first_token": float(torch.stack([one[0] for one in found]).mean()),
         "worst_prompt": float(max(one.mean() for one in found)),
-        "samples": next_turns(fused, prompts[:5], inputs[:5]),
+        "samples": next_turns(fused, PROMPT, UNRELATED_PROMPTS[:5], inputs[:5]),
     }
 
 
