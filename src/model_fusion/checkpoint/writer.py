@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from model_fusion.checkpoint.formats import TensorSpec, build_header
-from model_fusion.checkpoint.output_folder import OutputFolder
-from model_fusion.checkpoint.output_folder import explain as _explain
-from model_fusion.checkpoint.output_folder import pwrite as _pwrite
+from model_fusion.checkpoint.output_folder import OutputFolder, explain, pwrite
 from model_fusion.errors import InputError
 
 _BLOCK = 1 << 22
@@ -70,7 +68,7 @@ class CheckpointWriter(OutputFolder):
         except OSError as error:
             self.close()
             shutil.rmtree(self.partial, ignore_errors=True)
-            raise _explain(error, self.target) from error
+            raise explain(error, self.target) from error
 
     def _names(self) -> list[str]:
         total = len(self._shards)
@@ -90,7 +88,7 @@ class CheckpointWriter(OutputFolder):
             file = os.open(shard, os.O_RDWR | os.O_CREAT, 0o644)
             self._files.append(file)
             os.posix_fallocate(file, 0, size)  # a full disk is found here, before any work
-            _pwrite(file, memoryview(header), 0)
+            pwrite(file, memoryview(header), 0)
         if same:
             self._recover(lines[1:])
         else:
@@ -128,9 +126,9 @@ class CheckpointWriter(OutputFolder):
                 raise InputError(f"tensor {name!r}: planned {spec.shape} {spec.dtype}, got more, or {part.dtype}")
             digest.update(data)
             try:
-                _pwrite(self._files[number], data, offset + written)
+                pwrite(self._files[number], data, offset + written)
             except OSError as error:
-                raise _explain(error, self.target) from error
+                raise explain(error, self.target) from error
             written += len(data)
             if written - pushed >= _SPAN:
                 self._push(self._files[number], offset + pushed, written - pushed)
@@ -146,7 +144,7 @@ class CheckpointWriter(OutputFolder):
                 self.inputs_of[name] = dict(inputs or {})
                 self.done[name] = digest.hexdigest()
         except OSError as error:
-            raise _explain(error, self.target) from error
+            raise explain(error, self.target) from error
         return digest.hexdigest()
 
     def _push(self, file: int, offset: int, size: int) -> None:
@@ -176,7 +174,7 @@ class CheckpointWriter(OutputFolder):
                 extra["model.safetensors.index.json"] = self._index()
             self.publish(self._names(), extra, last="config.json")
         except OSError as error:
-            raise _explain(error, self.target) from error
+            raise explain(error, self.target) from error
         self.close()
 
     def _index(self) -> bytes:

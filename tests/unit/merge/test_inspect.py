@@ -115,7 +115,7 @@ def decaying(seed: int, shape: tuple[int, int]) -> Tensor:
     return u * (0.7 ** torch.arange(u.shape[1])) @ vh
 
 
-@pytest.mark.parametrize("shape", [(200, 90), (90, 200), (64, 64), (1500, 900)])
+@pytest.mark.parametrize("shape", [(200, 90), (90, 200), (64, 64), (600, 400)])
 def test_leading_values_are_the_true_ones_from_below(shape: tuple[int, int]) -> None:
     matrix = decaying(1, shape)
     true = torch.linalg.svdvals(matrix.double())[:8]
