@@ -1,6 +1,6 @@
 """Trains the four LoRA experts of the language bench on SmolLM2-135M, one for each kind of text.
 
-python benchmarks/language_experts.py --kjv kjv.txt [--out benchmarks/language_data/adapters] [--steps 240]
+python benchmarks/language_experts.py --kjv kjv.txt [--out benchmarks/language_data/adapters] [--steps 100]
 
 Rank 4 on the FFNs, bfloat16, a fixed seed; stored in peft's format (1.5 MB each). The committed adapters were made by
 this command; floating-point sums differ between machines, so another machine's adapters differ in their last digits.
@@ -23,7 +23,7 @@ from language_texts import DOMAINS, training_text
 from measure import machine
 from model_fusion.checkpoint.llm import resolve_llm
 
-WINDOW, BATCH, PEAK = 192, 6, 2e-3
+WINDOW, BATCH, PEAK = 192, 4, 2e-3
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kjv", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "language_data" / "adapters")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--domains", default=",".join(DOMAINS))
     a = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(resolve_llm("smollm2").path)
