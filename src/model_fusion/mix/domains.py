@@ -10,7 +10,7 @@ from torch import Tensor
 from model_fusion.checkpoint import lineage
 from model_fusion.checkpoint.reader import read_json
 from model_fusion.errors import InputError
-from model_fusion.mix.texts import documents, rows, split, windows
+from model_fusion.training.texts import documents, rows, split, windows
 from model_fusion.recipe.reading import nearest
 
 Texts = Mapping[str, Iterable[Any]]
