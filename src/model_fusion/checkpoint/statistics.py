@@ -32,7 +32,7 @@ class Statistics(Mapping[str, Tensor]):
     **Arguments**
     kind: `gram`: the mean of x xᵀ over what a linear layer received, [in, in]. `fisher`: the mean of squared
         gradients of the log-likelihood, of the weight's own shape.
-    count: samples seen.
+    count: samples (fisher), or the most inputs that any layer received (gram).
     inputs_first: names of weights stored [in, out] (GPT-2's Conv1D).
     unseen: linear layers whose inputs could not be seen, or that never ran: a merge takes their plain mean.
     about: what else the file should tell (the model's text, the labels, alpha).
@@ -61,7 +61,7 @@ class Statistics(Mapping[str, Tensor]):
             raise InputError(f"{file}: statistics are a safetensors file; give a name that ends in .safetensors")
         if not file.parent.is_dir():
             raise InputError(f"no such folder: {file.parent} (of the statistics {file.name})")
-        facts = {"kind": self.kind, "count": self.count, "inputs_first": sorted(self.inputs_first)}
+        facts: dict[str, Any] = {"kind": self.kind, "count": self.count, "inputs_first": sorted(self.inputs_first)}
         facts |= {"unseen": list(self.unseen), "about": dict(self.about)}
         partial = file.with_name(f".{file.name}.partial")
         try:
