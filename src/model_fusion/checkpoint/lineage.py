@@ -95,6 +95,11 @@ def _parent(parent: Checkpoint, tensors: Iterable[Mapping[str, Any]]) -> dict[st
     }
 
 
+def notes(folder: Path) -> list[str]:
+    """The notes of a folder that was just written."""
+    return list(json.loads((folder / NAME).read_bytes())["notes"])
+
+
 def licence_of(folder: Path) -> str | None:
     """The licence named in a model card's header, if any."""
     card = folder / "README.md"

@@ -57,10 +57,7 @@ class Statistics(Mapping[str, Tensor]):
     def save(self, file: str | Path) -> Path:
         """Write the file, whole or not at all. Raises InputError where its folder does not exist."""
         file = Path(file)
-        if file.suffix != ".safetensors":
-            raise InputError(f"{file}: statistics are a safetensors file; give a name that ends in .safetensors")
-        if not file.parent.is_dir():
-            raise InputError(f"no such folder: {file.parent} (of the statistics {file.name})")
+        check_file(file)
         facts: dict[str, Any] = {"kind": self.kind, "count": self.count, "inputs_first": sorted(self.inputs_first)}
         facts |= {"unseen": list(self.unseen), "about": dict(self.about)}
         partial = file.with_name(f".{file.name}.partial")
@@ -75,6 +72,14 @@ class Statistics(Mapping[str, Tensor]):
     def load(cls, file: str | Path) -> Statistics:
         """The statistics of a file, mapped. Raises InputError."""
         return open_statistics(str(file)).whole()
+
+
+def check_file(file: Path) -> None:
+    """Raises InputError where statistics cannot be written there."""
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: statistics are a safetensors file; give a name that ends in .safetensors")
+    if not file.parent.is_dir():
+        raise InputError(f"no such folder: {file.parent} (of the statistics {file.name})")
 
 
 class StatisticsFile(Checkpoint):
