@@ -105,6 +105,7 @@ def _fisher(
             for sample in samples(batch):
                 inputs, targets = _labelled(sample, labels)
                 logits = logits_of(forward(module, inputs))
+                check_finite(logits, "the module's answer")
                 value = _log_likelihood(logits, targets, labels, mask_of(sample))
                 grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 for name, grad in zip(weights, grads, strict=True):

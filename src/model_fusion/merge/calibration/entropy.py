@@ -99,7 +99,7 @@ def adamerging(
                 batch = task[number % len(task)]
                 loss = _entropy(logits_of(forward_one(merged, batch)), mask_of(batch))
                 loss.backward()  # type: ignore[no-untyped-call]
-                value += float(loss)
+                value += float(loss.detach())
             check_finite(torch.tensor(value), "the entropy")
             entropy.append(value)
             optimiser.zero_grad()

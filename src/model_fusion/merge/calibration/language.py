@@ -37,7 +37,7 @@ class Texts:
         if not self.files:
             raise InputError("no text: give files or folders with --texts")
         ids = windows(documents(self.files), tokenizer, self.window, self.tokens)
-        return [{"input_ids": part, "use_cache": False} for part in ids.split(_BATCH)]
+        return [{"input_ids": part, "use_cache": False} for part in torch.split(ids, _BATCH)]
 
 
 class Model:
@@ -47,9 +47,7 @@ class Model:
         try:
             import transformers  # noqa: F401
         except ImportError as error:
-            raise MissingDependencyError(
-                f"statistics of a model need {error.name}: install model-fusion[fuse]"
-            ) from None
+            raise MissingDependencyError(f"running a model needs {error.name}: install model-fusion[fuse]") from None
         source = resolve(text)
         if source.file is not None:
             raise InputError(f"{text}: a bare state dict cannot be run; in Python, collect_statistics takes its module")
