@@ -35,10 +35,11 @@ def statistics(
         if kind != "gram":
             raise InputError("--merged collects Gram matrices: leave --kind out")
         names = [f"{number}-{Path(model).name}.gram.safetensors" for number, model in enumerate(models)]
-        output.mkdir(exist_ok=True)
+        check_file(output / names[0] if output.is_dir() else output.with_name(names[0]))
         with bar("layers") as step:
             each = [language.Texts([text], window, limit) for text in texts]
             found = language.of_merged(models, each, alpha=alpha, step=step)
+        output.mkdir(exist_ok=True)
         for name, own in zip(names, found, strict=True):
             typer.echo(f"wrote {own.save(output / name)}")
         return

@@ -32,11 +32,15 @@ class Texts:
     window: int = 128
     tokens: int | None = 16384
 
-    def batches(self, tokenizer: Any) -> list[dict[str, Any]]:
-        """`input_ids` [4, window] each. Raises InputError for texts that are missing or too short."""
+    def read(self) -> list[str]:
+        """The documents. Raises InputError for texts that are missing."""
         if not self.files:
             raise InputError("no text: give files or folders with --texts")
-        ids = windows(documents(self.files), tokenizer, self.window, self.tokens)
+        return documents(self.files)
+
+    def batches(self, read: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
+        """`input_ids` [4, window] each. Raises InputError for texts that are too short."""
+        ids = windows(read, tokenizer, self.window, self.tokens)
         return [{"input_ids": part, "use_cache": False} for part in torch.split(ids, _BATCH)]
 
 
@@ -101,8 +105,9 @@ def of_model(
     step: Step = lambda total: None,
 ) -> Statistics:
     """`collect_statistics` of one model on text. Raises InputError."""
+    read = texts.read()
     loaded = Model(model)
-    batches = texts.batches(loaded.tokenizer)
+    batches = texts.batches(read, loaded.tokenizer)
     found = collect_statistics(
         loaded.module, batches, kind, labels=labels, seed=seed, only=only, step=lambda: step(len(batches))
     )
@@ -115,8 +120,9 @@ def of_merged(
     """`collect_merged_statistics` of models, each on its own text. Raises InputError."""
     if len(models) != len(texts):
         raise InputError(f"{len(models)} models and {len(texts)} texts: give one --texts a model, in their order")
+    read = [one.read() for one in texts]
     loaded = [Model(model) for model in models]
-    batches = [one.batches(model.tokenizer) for model, one in zip(loaded, texts, strict=True)]
+    batches = [one.batches(r, model.tokenizer) for model, one, r in zip(loaded, texts, read, strict=True)]
     found = collect_merged_statistics([m.module for m in loaded], batches, alpha=alpha, step=step)
     return [m.named(own, one) for m, own, one in zip(loaded, found, texts, strict=True)]
 
@@ -131,8 +137,9 @@ def coefficients(
     step: Step = lambda total: None,
 ) -> Coefficients:
     """`adamerging` of models by the entropy of their next-token predictions on each of the texts. Raises InputError."""
+    read = [one.read() for one in texts]
     start = Model(base)
-    batches = [one.batches(start.tokenizer) for one in texts]
+    batches = [one.batches(r, start.tokenizer) for one, r in zip(texts, read, strict=True)]
     states = [Model(model).module.state_dict() for model in models]
     found = adamerging(start.module, states, batches, steps=steps, learning_rate=learning_rate, step=step)
     named = tuple({own: value for n, value in one.items() if (own := start.on_disk(n))} for one in found.weights)
