@@ -107,18 +107,32 @@ def static(method: str, candidates: list[dict[str, Any]], based: bool = True) ->
         return tuned(setting, candidates, make)
 
 
-SCALES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0]
+SCALES = [0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0]
 """Factors on a sum of task vectors."""
 DENSITIES = [0.1, 0.2, 0.5, 0.8]
-AROUND_ONE = [0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0, 2.5]
+AROUND_ONE = [0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3, 1.6, 2.0]
 """Factors on a mean, or on a sum that a method has tamed."""
 
+CUTS: dict[str, Sequence[Any]] = {"density": DENSITIES, "lambda_": SCALES}
+
 static("linear", [{}], based=False)
+static("multislerp", [{}], based=False)
+static("karcher", [{}], based=False)
+static("model_stock", [{}])
 static("task_arithmetic", grid(lambda_=SCALES))
+static("lines", grid(alpha=[0.0, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2], beta=[0.0, 0.03, 0.05, 0.1, 0.2, 0.3]))
 static("ties", grid(density=DENSITIES, lambda_=AROUND_ONE))
-static("dare_linear", grid(density=DENSITIES, lambda_=SCALES))
-static("lines", grid(alpha=[0.0, *SCALES], beta=[0.0, 0.1, 0.2, 0.3, 0.5, 0.7]))
-static("tsv_m", grid(lambda_=AROUND_ONE))
+static("breadcrumbs", grid(**CUTS))
+static("breadcrumbs_ties", grid(**CUTS))
+static("dare_linear", grid(**CUTS))
+static("dare_ties", grid(**CUTS))
+static("della", grid(density=[0.2, 0.5, 0.8], epsilon=[0.15], lambda_=AROUND_ONE))
+static("della_linear", grid(density=[0.2, 0.5, 0.8], epsilon=[0.15], lambda_=SCALES))
+static("sce", grid(select_topk=[0.1, 0.2, 0.5, 1.0]))
+static("ram", grid(epsilon=[1e-5, 1e-4, 1e-3, 1e-2]))
+static("ramplus_tl", grid(epsilon=[1e-5, 1e-4, 1e-3, 1e-2], r=[0.1, 0.5]))
+static("tsv_m", grid(rank_fraction=[None, 0.25], lambda_=AROUND_ONE))
 static("iso_c", grid(lambda_=AROUND_ONE))
-static("iso_cts", grid(common_space_fraction=[0.5, 0.8], lambda_=AROUND_ONE))
-static("wudi", grid(time=[1.0, 3.0, 10.0, 30.0, 100.0], lambda_=AROUND_ONE))
+static("iso_cts", grid(common_space_fraction=[0.8, 0.9], lambda_=AROUND_ONE))
+static("wudi", grid(time=[1.0, 3.0, 10.0, 30.0, 100.0, 1000.0], lambda_=[0.1, 0.2, 0.3, 0.5, 0.7, 1.0]))
+# slerp, nuslerp, arcee_fusion, nearswap and passthrough take one or two models, so they have no row
