@@ -7,12 +7,12 @@ the tasks' validation split (`tuned` does), and reads the test split once, for w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
 from eight_tasks_data import Setting, State, accuracies, stored
-from model_fusion.merge.methods import merge_state_dicts
+from model_fusion.merge.methods import get, merge_state_dicts
 
 Make = Callable[..., State]
 """Coefficients in, one merged state out."""
@@ -88,17 +88,16 @@ def _experts(setting: Setting) -> Result:
     return Result(own, sum(stored(expert) for expert in setting.experts))
 
 
-PER_MODEL = ("weight", "density", "gamma", "epsilon")
-
-
 def static(method: str, candidates: list[dict[str, Any]], based: bool = True) -> None:
     """A row for one method of the registry, tuned over the candidates (parameters of method and models together)."""
+
+    per_model = [one.name for one in fields(get(method).model_params)]
 
     @row(method, "data-free")
     def run(setting: Setting) -> Result:
         def make(**values: Any) -> State:
-            each = {name: value for name, value in values.items() if name in PER_MODEL}
-            own = {name: value for name, value in values.items() if name not in PER_MODEL}
+            each = {name: value for name, value in values.items() if name in per_model}
+            own = {name: value for name, value in values.items() if name not in per_model}
             base = setting.base if based else None
             return merge_state_dicts(
                 method, setting.experts, base, [each] * len(setting.experts), seed=setting.seed, **own
