@@ -34,7 +34,8 @@ def open_checkpoint(folder: Path) -> FusedModel:
     source = resolve_llm(folder)
     fused = FusedModel(*load_llm(source), {}, source)
     fused.add_bridge("default", "tool")
-    return fused.eval()
+    fused.eval()
+    return fused
 
 
 def generate(
