@@ -88,12 +88,12 @@ def _experts(setting: Setting) -> Result:
     return Result(own, sum(stored(expert) for expert in setting.experts))
 
 
-def static(method: str, candidates: list[dict[str, Any]], based: bool = True) -> None:
+def static(method: str, candidates: list[dict[str, Any]], based: bool = True, label: str = "") -> None:
     """A row for one method of the registry, tuned over the candidates (parameters of method and models together)."""
 
     per_model = [one.name for one in fields(get(method).model_params)]
 
-    @row(method, "data-free")
+    @row(label or method, "data-free")
     def run(setting: Setting) -> Result:
         def make(**values: Any) -> State:
             each = {name: value for name, value in values.items() if name in per_model}
@@ -131,6 +131,7 @@ static("sce", grid(select_topk=[0.1, 0.2, 0.5, 1.0]))
 static("ram", grid(epsilon=[1e-5, 1e-4, 1e-3, 1e-2]))
 static("ramplus_tl", grid(epsilon=[1e-5, 1e-4, 1e-3, 1e-2], r=[0.1, 0.5]))
 static("tsv_m", grid(rank_fraction=[None, 0.25], lambda_=AROUND_ONE))
+static("tsv_m", grid(rank_fraction=[None, 0.25], svd=["randomized"], lambda_=AROUND_ONE), label="tsv_m randomized")
 static("iso_c", grid(lambda_=AROUND_ONE))
 static("iso_cts", grid(common_space_fraction=[0.8, 0.9], lambda_=AROUND_ONE))
 static("wudi", grid(time=[1.0, 3.0, 10.0, 30.0, 100.0, 1000.0], lambda_=[0.1, 0.2, 0.3, 0.5, 0.7, 1.0]))
