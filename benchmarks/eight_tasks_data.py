@@ -1,9 +1,10 @@
 """Eight tasks made of scikit-learn's digits, one small pre-trained network, and an expert for each task.
 
 A task shows the same 8×8 images in its own way (turned, mirrored, inverted, pixels permuted) and asks for the digit.
-The network 64-128-128-64 is trained on all tasks together for 12 steps, with one linear head a task. The heads are
-frozen then, and each expert fine-tunes the network on its own task for 300 steps. An image is in the same split for
-all tasks, so that no task's training shows another's test.
+The network 64-128-128-64 is trained on all tasks together for 12 steps of Adam, with one linear head a task. The heads
+are frozen then, and each expert fine-tunes the network on its own task for 300 steps of SGD. An image is in the same
+split for all tasks, so that no task's training shows another's test. The weights start as He et al. 2015 have it for
+ReLU: from torch's smaller default, experts learn as well, but every merge of them is several points worse.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 WIDTHS = (64, 128, 128, 64)
 JOINT_STEPS, TUNING_STEPS = 12, 300
-JOINT_RATE, TUNING_RATE = 1e-2, 1e-3
+JOINT_RATE, TUNING_RATE, MOMENTUM = 3.5e-3, 0.03, 0.9
 BATCH = 64
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
@@ -50,6 +51,9 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(WIDTHS))
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -148,7 +152,7 @@ def train_expert(base: State, head: nn.Linear, task: Task, seed: int) -> dict[st
     """The network after fine-tuning on one task under its frozen head."""
     model = network(base)
     rows = batches(len(task.train.y), TUNING_STEPS, torch.Generator().manual_seed(seed))
-    optimiser = torch.optim.Adam(model.parameters(), lr=TUNING_RATE)
+    optimiser = torch.optim.SGD(model.parameters(), lr=TUNING_RATE, momentum=MOMENTUM)
     for step in range(TUNING_STEPS):
         loss = F.cross_entropy(head(model(task.train.x[rows[step]])), task.train.y[rows[step]])
         optimiser.zero_grad()

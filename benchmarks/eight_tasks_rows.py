@@ -7,12 +7,12 @@ the tasks' validation split (`tuned` does), and reads the test split once, for w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
 from eight_tasks_data import Setting, State, accuracies, stored
-from model_fusion.merge.methods import merge_state_dicts
+from model_fusion.merge.methods import get, merge_state_dicts
 
 Make = Callable[..., State]
 """Coefficients in, one merged state out."""
@@ -88,17 +88,16 @@ def _experts(setting: Setting) -> Result:
     return Result(own, sum(stored(expert) for expert in setting.experts))
 
 
-PER_MODEL = ("weight", "density", "gamma", "epsilon")
-
-
-def static(method: str, candidates: list[dict[str, Any]], based: bool = True) -> None:
+def static(method: str, candidates: list[dict[str, Any]], based: bool = True, label: str = "") -> None:
     """A row for one method of the registry, tuned over the candidates (parameters of method and models together)."""
 
-    @row(method, "data-free")
+    per_model = [one.name for one in fields(get(method).model_params)]
+
+    @row(label or method, "data-free")
     def run(setting: Setting) -> Result:
         def make(**values: Any) -> State:
-            each = {name: value for name, value in values.items() if name in PER_MODEL}
-            own = {name: value for name, value in values.items() if name not in PER_MODEL}
+            each = {name: value for name, value in values.items() if name in per_model}
+            own = {name: value for name, value in values.items() if name not in per_model}
             base = setting.base if based else None
             return merge_state_dicts(
                 method, setting.experts, base, [each] * len(setting.experts), seed=setting.seed, **own
@@ -107,18 +106,33 @@ def static(method: str, candidates: list[dict[str, Any]], based: bool = True) ->
         return tuned(setting, candidates, make)
 
 
-SCALES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0]
+SCALES = [0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0]
 """Factors on a sum of task vectors."""
 DENSITIES = [0.1, 0.2, 0.5, 0.8]
-AROUND_ONE = [0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0, 2.5]
+AROUND_ONE = [0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3, 1.6, 2.0]
 """Factors on a mean, or on a sum that a method has tamed."""
 
+CUTS: dict[str, Sequence[Any]] = {"density": DENSITIES, "lambda_": SCALES}
+
 static("linear", [{}], based=False)
+static("multislerp", [{}], based=False)
+static("karcher", [{}], based=False)
+static("model_stock", [{}])
 static("task_arithmetic", grid(lambda_=SCALES))
+static("lines", grid(alpha=[0.0, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2], beta=[0.0, 0.03, 0.05, 0.1, 0.2, 0.3]))
 static("ties", grid(density=DENSITIES, lambda_=AROUND_ONE))
-static("dare_linear", grid(density=DENSITIES, lambda_=SCALES))
-static("lines", grid(alpha=[0.0, *SCALES], beta=[0.0, 0.1, 0.2, 0.3, 0.5, 0.7]))
-static("tsv_m", grid(lambda_=AROUND_ONE))
+static("breadcrumbs", grid(**CUTS))
+static("breadcrumbs_ties", grid(**CUTS))
+static("dare_linear", grid(**CUTS))
+static("dare_ties", grid(**CUTS))
+static("della", grid(density=[0.2, 0.5, 0.8], epsilon=[0.15], lambda_=AROUND_ONE))
+static("della_linear", grid(density=[0.2, 0.5, 0.8], epsilon=[0.15], lambda_=SCALES))
+static("sce", grid(select_topk=[0.1, 0.2, 0.5, 1.0]))
+static("ram", grid(epsilon=[1e-5, 1e-4, 1e-3, 1e-2]))
+static("ramplus_tl", grid(epsilon=[1e-5, 1e-4, 1e-3, 1e-2], r=[0.1, 0.5]))
+static("tsv_m", grid(rank_fraction=[None, 0.25], lambda_=AROUND_ONE))
+static("tsv_m", grid(rank_fraction=[None, 0.25], svd=["randomized"], lambda_=AROUND_ONE), label="tsv_m randomized")
 static("iso_c", grid(lambda_=AROUND_ONE))
-static("iso_cts", grid(common_space_fraction=[0.5, 0.8], lambda_=AROUND_ONE))
-static("wudi", grid(time=[1.0, 3.0, 10.0, 30.0, 100.0], lambda_=AROUND_ONE))
+static("iso_cts", grid(common_space_fraction=[0.8, 0.9], lambda_=AROUND_ONE))
+static("wudi", grid(time=[1.0, 3.0, 10.0, 30.0, 100.0, 1000.0], lambda_=[0.1, 0.2, 0.3, 0.5, 0.7, 1.0]))
+# slerp, nuslerp, arcee_fusion, nearswap and passthrough take one or two models, so they have no row

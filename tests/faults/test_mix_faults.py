@@ -5,7 +5,11 @@ biases, a misspelt gate_mode gave `'NoneType' object is not callable`.
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +184,50 @@ def test_training_needs_a_folder_that_mix_built(made: Path) -> None:
 
     with pytest.raises(InputError, match="give a folder that `model-fusion mix build` wrote"):
         train_router(made / "base")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from model_fusion.mix.build import build
+steps, real = [int(sys.argv[1])], {name: getattr(os, name) for name in ("pwrite", "write", "rename", "fsync")}
+def step(name):
+    def call(*args):
+        steps[0] -= 1
+        if steps[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real[name](*args)
+    return call
+for name in real:
+    setattr(os, name, step(name))
+build(Path("recipe.yml"), Path("out"), resume=True, shard_size=20_000)
+"""
+
+
+def test_a_build_killed_half_way_goes_on_to_identical_bytes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model_fusion.mix.build import build
+
+    recipe = {"base_model": str(made / "base"), "gate": "random", "experts": [str(made / "base"), str(made / "other")]}
+    recipe["experts"] = [{"model": folder} for folder in recipe["experts"]]
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe))
+    path = os.pathsep.join([str(Path(build.__code__.co_filename).parents[2]), os.environ.get("PYTHONPATH", "")])
+
+    def bytes_of(folder: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+    whole = bytes_of(build(Path("recipe.yml"), Path("whole"), shard_size=20_000).folder)
+    for step in (1, 12, 40):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(step)], capture_output=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert not Path("out").exists()
+    journal = Path(".out.partial/journal").read_bytes()
+    assert journal.count(b"\n") > 2  # there was something to go on from
+    assert bytes_of(build(Path("recipe.yml"), Path("out"), resume=True, shard_size=20_000).folder) == whole
+    # red for another recipe: its bytes are other bytes, and the journal of the first is not gone on from
+    Path("recipe.yml").write_text(yaml.safe_dump({**recipe, "seed": 7}))
+    assert bytes_of(build(Path("recipe.yml"), Path("out"), overwrite=True, shard_size=20_000).folder) != whole

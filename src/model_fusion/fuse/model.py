@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from model_fusion.training.loop import History
 
 
+KERNELS = ("_attn_implementation", "_experts_implementation")
+"""What a config says of how attention and experts are computed."""
+
+
 class Fusion(nn.Module):
     """One bridge with the normalisers it was trained behind. Several can be held for one base."""
 
@@ -63,9 +67,11 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         *,
         reserved: Mapping[str, int] | None = None,
     ) -> None:
-        attention = base.config._attn_implementation
-        super().__init__(FusedConfig(text_config=base.config, attn_implementation=attention))
-        base.config._attn_implementation = attention  # PreTrainedModel resets it in every config it holds
+        # PreTrainedModel resets these in every config it holds
+        kernels = {k: getattr(base.config, k) for k in KERNELS if hasattr(base.config, k)}
+        super().__init__(FusedConfig(text_config=base.config, attn_implementation=kernels["_attn_implementation"]))
+        for key, value in kernels.items():
+            setattr(base.config, key, value)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
         self.tokenizer, self.experts, self.source = tokenizer, dict(experts), source

@@ -17,6 +17,7 @@ from model_fusion.merge.methods.subspace.matrices import (
     Svd,
     is_matrix,
     of_matrices,
+    one_thread,
     svd,
     whiten,
 )
@@ -85,7 +86,8 @@ def _guarded(method: str, combine: Combine) -> Whole:
     ) -> Tensor:
         assert base is not None
         if is_matrix(base, params, key) and not params.force:
-            check_rank(method, models, base, key.name)
+            with one_thread():
+                check_rank(method, models, base, key.name)
         return merge(models, base, model_params, params, key)
 
     return run
