@@ -67,7 +67,7 @@ class Statistics(Mapping[str, Tensor]):
             with partial.open("wb") as handle:
                 handle.write(build_header(specs, metadata={_KEY: json.dumps(facts)})[0])
                 for tensor in self.tensors.values():
-                    handle.write(as_bytes(tensor.contiguous()))
+                    handle.write(as_bytes(tensor))
             partial.replace(file)
         except OSError as error:
             raise explain(error, file) from error
