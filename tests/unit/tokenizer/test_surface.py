@@ -30,6 +30,7 @@ def sentence_piece() -> Any:
 
 
 TOKENIZERS = {"byte_level": byte_level(), "sentence_piece": sentence_piece()}
+LETTERS = st.characters(max_codepoint=0xDFFF, exclude_categories=("Cs", "Cc", "Co", "Cn"))
 TABLES = {name: surfaces(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
