@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import model_fusion.mix as mix
     from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
+    from model_fusion.dynamic.ensemble import Ensemble, ensemble
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
@@ -39,6 +40,7 @@ _HOMES = {
         ("Coefficients", "adamerging", "collect_merged_statistics", "collect_statistics"),
         "model_fusion.merge.calibration",
     ),
+    **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
     "audit": "model_fusion.evaluate.audit",
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
@@ -59,6 +61,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Coefficients",
     "CrossAttention",
+    "Ensemble",
     "Example",
     "Expert",
     "Field",
@@ -80,6 +83,7 @@ __all__ = [
     "audit",
     "collect_merged_statistics",
     "collect_statistics",
+    "ensemble",
     "fuse",
     "inspect",
     "merge",
