@@ -61,9 +61,7 @@ def statistics(
         )
     typer.echo(f"{len(own)} tensors, {own.count} {'inputs' if kind == 'gram' else 'samples'}")
     if own.unseen:
-        typer.echo(
-            f"{len(own.unseen)} layers without statistics (means, then), the first is {own.unseen[0]!r}"
-        )
+        typer.echo(f"{len(own.unseen)} layers without statistics (means, then), the first is {own.unseen[0]!r}")
     typer.echo(f"wrote {own.save(output)}")
 
 
