@@ -70,6 +70,7 @@ class PlainLinear:
     needs_base: str = "optional"
     min_models: int = 1
     max_models: int | None = None
+    equal_norms: bool = False
     run: Any = _linear
 
     def stream(self, *arguments: Any) -> Iterator[Tensor]:

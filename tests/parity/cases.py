@@ -82,6 +82,15 @@ CASES = [
     Case("nearswap", reference.nearswap, {"t": 0.2}, (), (1,)),
     Case("ram", reference.ram, {}, ()),
     Case("ramplus_tl", reference.ramplus_tl, {}, (), (2, 3)),
+    Case("tsv_m", reference.tsv_m, {}, ("weight",)),
+    Case("tsv_m", reference.tsv_m, {"rank_fraction": 0.75, "rest": "sum"}, ("weight",)),
+    Case("iso_c", reference.iso_c, {"lambda_": 1.25, "force": True}, ("weight",)),
+    Case("iso_cts", reference.iso_cts, {"force": True}, ("weight",)),
+    Case("iso_cts", reference.iso_cts, {"force": True, "common_space_fraction": 0.4}, ("weight",)),
+    Case("wudi", reference.wudi, {"lambda_": 0.75}, ("weight",)),
+    Case("wudi", reference.wudi, {"time": 3.0, "rank_fraction": 0.5}, ("weight",)),
+    Case("lines", reference.lines, {}, ("weight",)),
+    Case("lines", reference.lines, {"alpha": 0.25, "beta": 0.5}, ("weight",)),
 ]
 
 
@@ -110,7 +119,8 @@ def draw(case: Case, shape: tuple[int, ...], seed: int) -> tuple[list[Array], Ar
 def run(case: Case, models: list[Array], base: Array | None, each: list[Values], masks: list[Any]) -> Array:
     """The method's own answer, as float64."""
     method = get(case.method)
-    key = Key(masks=[torch.from_numpy(m) for m in masks] if "mask" in case.each else None)
+    given = [torch.from_numpy(m) for m in masks] if "mask" in case.each else None
+    key = Key(masks=given, depth=reference.DEPTH)
     got = method.run(
         [torch.from_numpy(m).float() for m in models],
         None if base is None else torch.from_numpy(base).float(),
@@ -128,7 +138,7 @@ def agrees(case: Case, shape: tuple[int, ...], seed: int) -> bool:
     that close to it are not compared: none exist in real checkpoints.
     """
     models, base, each, masks = draw(case, shape, seed)
-    compared = has_angle(case, models, base)
+    compared = has_angle(case, models, base) & has_subspaces(case, models, base, each)
     if not compared.any():
         return True
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -156,6 +166,36 @@ def has_angle(case: Case, models: list[Array], base: Array | None) -> NDArray[np
     if case.params.get("nuslerp_row_wise"):
         return np.broadcast_to([clear([v[:, j] for v in vectors]) for j in range(shape[1])], shape)
     return np.broadcast_to([[clear([v[i] for v in vectors])] for i in range(shape[0])], shape)
+
+
+def has_subspaces(case: Case, models: list[Array], base: Array | None, each: list[Values]) -> NDArray[np.bool_]:
+    """All true, or all false where a subspace is cut between singular values that are (nearly) equal, and so is not
+    defined."""
+    shape = models[0].shape
+    if len(shape) != 2 or case.method not in ("tsv_m", "iso_cts", "wudi"):
+        return np.ones(shape, dtype=bool)
+    tasks = [values.get("weight", 1.0) * (m - base) for m, values in zip(models, each, strict=True)]
+    cuts: list[tuple[Array, int]] = []
+    if case.method == "tsv_m":
+        count = max(1, int(min(shape) * case.params.get("rank_fraction", 1 / len(tasks))))
+        cuts = [(task, count) for task in tasks]
+    elif case.method == "wudi":
+        units = [task / np.linalg.norm(task) for task in tasks if task.any()]
+        if units:
+            cuts = [(np.concatenate(units), int(shape[1] * case.params.get("rank_fraction", 1.0)))]
+    else:
+        common, own = reference.iso_cts_split(tasks, case.params.get("common_space_fraction", 0.8))
+        u = reference.triples(sum(tasks), common, reference.largest(sum(tasks)))[0]
+        cuts = [(sum(tasks), common), *((task - u @ u.T @ task, own) for task in tasks)]
+    return np.full(shape, all(parted(matrix, count) for matrix, count in cuts))
+
+
+def parted(matrix: Array, count: int) -> bool:
+    """Whether singular value number `count` stands clear of the next; nothing is cut at either end."""
+    s = np.linalg.svd(matrix, compute_uv=False)
+    if not 0 < count < len(s) or s[0] < 1e-9 or s[count - 1] < 1e-9 * s[0]:
+        return True
+    return bool(s[count - 1] - s[count] > 1e-3 * s[0])
 
 
 def clear(vectors: list[Array]) -> bool:

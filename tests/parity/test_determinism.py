@@ -39,7 +39,7 @@ def merged(method: Method, threads: int, chunk: int) -> torch.Tensor:
             None if method.needs_base == "forbidden" else base,
             [build(method.model_params, each_of(method), method.name)] * len(models),
             build(method.params, GIVEN.get(method.name, {}), method.name),
-            Key(3, "w"),
+            Key(3, "w", depth=0.5),
             chunk_size=chunk,
         )
     finally:

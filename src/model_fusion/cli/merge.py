@@ -2,6 +2,7 @@
 
 import gc
 import re
+import warnings
 from pathlib import Path
 
 import typer
@@ -57,17 +58,21 @@ def merge(
         )
         typer.echo(forecast(found))
         return
-    folder = engine.merge(
-        recipe,
-        output,
-        overwrite=overwrite,
-        resume=resume,
-        threads=threads,
-        shard_size=parse_size(shard_size),
-        allow_nan=allow_nan,
-        device=device,
-        fill_missing=fill_missing,
-        trust_remote_code=trust_remote_code,
-        ahead=ahead,
-    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        folder = engine.merge(
+            recipe,
+            output,
+            overwrite=overwrite,
+            resume=resume,
+            threads=threads,
+            shard_size=parse_size(shard_size),
+            allow_nan=allow_nan,
+            device=device,
+            fill_missing=fill_missing,
+            trust_remote_code=trust_remote_code,
+            ahead=ahead,
+        )
+    for one in warned:
+        typer.echo(f"warning: {one.message}", err=True)
     typer.echo(f"wrote {folder}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,7 +157,10 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     specs = [item.spec for item in work.outputs]
     key = _key(work)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
-        Run(work, writer, flags.allow_nan, flags.device, flags.ahead).all(order, flags.threads)
+        run = Run(work, writer, flags.allow_nan, flags.device, flags.ahead)
+        run.all(order, flags.threads)
+        for text in run.warnings():
+            warnings.warn(f"{work.method.name}: {text}", stacklevel=2)
         files = _files(work)
         files[lineage.NAME] = lineage.build(
             "merge",

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import has_row_a_token, tied
+from model_fusion.architecture.roles import Rows, has_row_a_token, rows_of, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -44,6 +44,8 @@ class Method(Protocol):
     @property
     def max_models(self) -> int | None: ...
     @property
+    def equal_norms(self) -> bool: ...
+    @property
     def stream(self) -> Any: ...
 
 
@@ -57,7 +59,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to make. `copied` tensors (integers, buffers) are taken from the first input as they are."""
+    """One tensor to make. `copied` tensors (integers, buffers) are taken from the first input as they are. `depth` and
+    `rows` as in a method's `Key`."""
 
     spec: TensorSpec
     inputs: tuple[Input, ...]
@@ -65,6 +68,8 @@ class Output:
     model_params: tuple[Any, ...]
     params: Any
     copied: bool = False
+    depth: float | None = None
+    rows: Rows = "outputs"
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,8 @@ class _Planner:
             for i in chosen:
                 levels = [block.sources[i].parameters, *block.levels]
                 each.append(self._values(self.method.model_params, levels, name, position))
-        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied))
+        rows = rows_of(name, self.template.config)
+        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied, position, rows))
 
     def _holder(self, wanted: Input) -> Input:
         """The input itself, or the same tensor of the model that fills gaps."""

@@ -11,6 +11,7 @@ from model_fusion.merge.methods import (
     sce,
     slerp,
     sphere,
+    subspace,
     task_arithmetic,
     ties,
 )
@@ -41,6 +42,7 @@ _FAMILIES = (
     sce,
     slerp,
     sphere,
+    subspace,
     task_arithmetic,
     ties,
 )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from model_fusion.architecture.roles import Rows
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.selection import Cut
 
@@ -43,12 +44,16 @@ class Key:
     seed, name: key of the random masks, together with the model's index.
     masks: one bool tensor a model that replaces its random mask (parity tests hand the same to two programs).
     cuts: one trimming cut a model, computed over all tensors (`trim="global"`).
+    depth: where the tensor's layer lies, 0 first (and before the layers), 1 last (and after them); None: unknown.
+    rows: what a matrix's rows stand for: outputs (torch's Linear), inputs (GPT-2's Conv1D), or tokens.
     """
 
     seed: int = 0
     name: str = ""
     masks: Sequence[Tensor] | None = None
     cuts: Sequence[Cut] | None = None
+    depth: float | None = None
+    rows: Rows = "outputs"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Method:
     chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at
         flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
     whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
+    equal_norms: whether task vectors of very unequal length spoil the result, so that a merge warns of them.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Method:
     statistics: Statistics | None = None
     chunk: Chunk | None = None
     whole: Whole | None = None
+    equal_norms: bool = False
 
     def check(self, models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Any]) -> None:
         """Raises InputError where the number of models, the base or the shapes do not fit."""

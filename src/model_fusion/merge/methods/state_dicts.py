@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model_fusion.architecture.roles import depth_of, rows_of, stacks
 from model_fusion.errors import InputError
+from model_fusion.merge.findings import unequal
 from model_fusion.merge.methods.base import Key, build, get
-from model_fusion.merge.methods.blocks import delta_blocks, sizes
+from model_fusion.merge.methods.blocks import delta_blocks, delta_square, sizes
 from model_fusion.merge.methods.selection import Cut, cuts
 from model_fusion.merge.methods.ties import kept
 
@@ -41,6 +45,7 @@ def merge_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     model_params: Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
+    depth: Mapping[str, float] | None = None,
     **params: Any,
 ) -> dict[str, Tensor]:
     """Merges tensors of equal names, float32 inside, each written in the first dict's dtype.
@@ -51,6 +56,10 @@ def merge_state_dicts(
 
     **Arguments**
     model_params: one mapping a model (weight, density …); params: the method's own (normalize, …).
+    depth: where each tensor's layer lies, 0 first to 1 last (`lines` needs it); without it, from names that count their
+        layers ("layers.3.…", "h.3.…", "blocks.3.…").
+
+    Warns where the method wants task vectors of about equal length and they are not.
 
     **Raises** InputError where names, shapes, dtypes, parameters or the base do not fit, or values are NaN or Inf.
     """
@@ -79,6 +88,8 @@ def merge_state_dicts(
             dict(zip(floats, global_cuts([(d[n], base[n]) for n in floats], p.density), strict=True))
             for d, p in zip(state_dicts, each, strict=True)
         ]
+    lengths = stacks(names)
+    squares = [0.0] * len(state_dicts)
     out: dict[str, Tensor] = {}
     first_name: dict[tuple[object, ...], str] = {}
     for name in names:
@@ -90,10 +101,21 @@ def merge_state_dicts(
         if name not in floats:
             out[name] = own_tensor.detach().clone()
             continue
-        key = Key(seed, name, cuts=None if model_cuts is None else [c[name] for c in model_cuts])
+        key = Key(
+            seed,
+            name,
+            cuts=None if model_cuts is None else [c[name] for c in model_cuts],
+            depth=(depth_of(name, lengths) if lengths else None) if depth is None else depth.get(name),
+            rows=rows_of(name),
+        )
         with torch.no_grad():
             merged = chosen.run([d[name] for d in state_dicts], None if base is None else base[name], each, own, key)
         out[name] = merged.to(own_tensor.dtype)
+        if chosen.equal_norms and base is not None:
+            for i, (one, own_params) in enumerate(zip(state_dicts, each, strict=True)):
+                squares[i] += own_params.weight**2 * delta_square(one[name].detach(), base[name].detach())
+    for text in unequal({f"state dict {i}": math.sqrt(square) for i, square in enumerate(squares)}):
+        warnings.warn(f"{method}: {text}", stacklevel=2)
     return out
 
 
