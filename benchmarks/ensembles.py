@@ -1,6 +1,6 @@
 """Two LLMs of different vocabularies: each alone, and both together, on four kinds of text.
 
-    python benchmarks/ensembles.py --second gemma.gguf [--first smollm2] [--characters 8000] [--contexts 24] [--json FILE]
+    python benchmarks/ensembles.py --second gemma.gguf [--first smollm2] [--characters 8000] [--json FILE]
 
 `bits`: bits per byte of the committed held-out texts (lower is better), of each model and of the mean of their
 probabilities between common token boundaries. `next words`: UniTE's greedy continuation of cut texts: the share whose
