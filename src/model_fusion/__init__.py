@@ -35,12 +35,12 @@ _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
     "Statistics": "model_fusion.checkpoint.statistics",
     **dict.fromkeys(
         ("Coefficients", "adamerging", "collect_merged_statistics", "collect_statistics"),
         "model_fusion.merge.calibration",
     ),
-    **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
     "audit": "model_fusion.evaluate.audit",
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
