@@ -3,11 +3,11 @@
     python benchmarks/subspace.py [--size 500M] [--models FOLDER] [--methods tsv_m iso_c] [--json FILE]
 
 The merges are whole processes on the models of `merge.py` (made, or found in --models). `--layers 0 4` merges these
-layers alone, with embeddings and head: the largest tensors are there, and a long measurement can be cut. Memory is held against the
-bar of all merges, 400 MB + threads × (models + 2) × the largest tensor in float32, plus the workspace of one SVD of
-the largest matrix, measured in a process of its own. Errors are ‖merged − reference‖ / ‖reference‖ of one matrix's
-merged task vector, the reference with LAPACK's full float64 SVDs; energy is the share of the best possible Σσ² that the
-kept triples hold.
+layers alone, with embeddings and head: the largest tensors are there, and a long measurement can be cut. Memory is held
+against the bar of all merges, 400 MB + threads × (models + 2) × the largest tensor in float32, plus the workspace of
+one SVD of the largest matrix, measured in a process of its own. Errors are ‖merged − reference‖ / ‖reference‖ of one
+matrix's merged task vector, the reference with LAPACK's full float64 SVDs; energy is the share of the best possible Σσ²
+that the kept triples hold.
 """
 
 from __future__ import annotations
