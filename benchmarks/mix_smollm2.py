@@ -25,8 +25,8 @@ from mix_routing import domain_texts
 from model_fusion.checkpoint.llm import resolve_llm
 from model_fusion.mix.build import build
 from model_fusion.mix.calibrate import tokenizer_of
-from model_fusion.mix.texts import split, windows
 from model_fusion.mix.verdict import evaluate
+from model_fusion.training.texts import split, windows
 
 WINDOW = 128
 
