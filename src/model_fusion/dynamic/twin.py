@@ -84,7 +84,8 @@ class TwinModel(nn.Module):
             seen = (self.features or self.shared)(*inputs, **options)
         if self.features is None and seen.dim() > 2:
             seen = seen.flatten(1, -2).mean(1)
-        weights: Tensor = self.router(seen.float()).softmax(-1)
+        like = next(self.router.parameters(), seen)
+        weights: Tensor = self.router(seen.to(like)).float().softmax(-1)
         return weights
 
     def forward(self, *inputs: Any, expert_weights: Tensor | None = None, **options: Any) -> Any:
@@ -144,7 +145,7 @@ class _Hook:
             return output
         weights = twin._weights.to(output.device)
         x = args[0] if args else next(iter(options.values()))
-        if x.shape[0] != len(weights):
+        if x.shape[0] not in (1, len(weights)):  # one row for all: position ids
             raise InputError(
                 f"{self.path}: sees {x.shape[0]} rows, expert_weights have {len(weights)}: "
                 "Twin needs layers that keep the batch first"
