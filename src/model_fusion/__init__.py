@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
     from model_fusion.checkpoint.verify import verify
+    from model_fusion.dynamic.ensemble import Ensemble, ensemble
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
@@ -27,6 +28,7 @@ _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
     "audit": "model_fusion.evaluate.audit",
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
@@ -46,6 +48,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CrossAttention",
+    "Ensemble",
     "Example",
     "Expert",
     "Field",
@@ -63,6 +66,7 @@ __all__ = [
     "Prefix",
     "Tool",
     "audit",
+    "ensemble",
     "fuse",
     "inspect",
     "merge",

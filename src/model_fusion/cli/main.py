@@ -10,6 +10,7 @@ import typer
 
 from model_fusion.cli.audit import audit
 from model_fusion.cli.chat import chat
+from model_fusion.cli.ensemble import ensemble
 from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
 from model_fusion.cli.inspect import inspect
@@ -39,6 +40,7 @@ app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("ensemble")(ensemble)
 app.command("stack")(stack)
 app.command("verify")(verify)
 app.command("inspect")(inspect)
