@@ -10,6 +10,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
+    import model_fusion.search as search
     from model_fusion.checkpoint.verify import verify
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
@@ -37,7 +38,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fuse", "merge", "mix"):  # the verb and the package share a name: the package is callable
+    if name in ("fuse", "merge", "mix", "search"):  # the verb and the package share a name: the package is callable
         return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
@@ -68,5 +69,6 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "mix",
+    "search",
     "verify",
 ]
