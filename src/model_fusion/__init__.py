@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import model_fusion.search as search
     from model_fusion.checkpoint.verify import verify
     from model_fusion.evaluate.audit import audit
+    from model_fusion.evaluate.safety.audit import audit as audit_safety
+    from model_fusion.evaluate.safety.repair import repair as repair_safety
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+_RENAMED = {
+    "audit_safety": ("model_fusion.evaluate.safety.audit", "audit"),
+    "repair_safety": ("model_fusion.evaluate.safety.repair", "repair"),
+}
 _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
@@ -42,6 +48,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _RENAMED:
+        home, own = _RENAMED[name]
+        return getattr(importlib.import_module(home), own)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -64,11 +73,13 @@ __all__ = [
     "Prefix",
     "Tool",
     "audit",
+    "audit_safety",
     "fuse",
     "inspect",
     "merge",
     "merge_state_dicts",
     "mix",
+    "repair_safety",
     "search",
     "verify",
 ]

@@ -16,6 +16,7 @@ from model_fusion.cli.inspect import inspect
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
 from model_fusion.cli.mix import app as mix
+from model_fusion.cli.safety import safety
 from model_fusion.cli.search import search
 from model_fusion.cli.stack import stack
 from model_fusion.cli.verify import verify
@@ -40,6 +41,7 @@ app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("safety")(safety)
 app.command("search")(search)
 app.command("stack")(stack)
 app.command("verify")(verify)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from model_fusion.errors import InputError, MissingDependencyError
+from model_fusion.errors import InputError
+from model_fusion.evaluate.running import kind_of, running
 from model_fusion.evaluate.text_loss import MEASURES, Judged, judged
 from model_fusion.merge.in_memory import Held
 from model_fusion.mix.texts import documents
@@ -51,42 +49,20 @@ class TextMetric:
 
     direction: Direction = "minimize"
 
-    def __init__(self, name: str, window: int, merged: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """`merged` is the config of the model to judge, `files` its small files, the tokenizer among them."""
-        try:
-            from transformers import AutoConfig, AutoTokenizer
-            from transformers.utils import logging
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"metric {name} needs {error.name}: pip install 'model-fusion[fuse]'"
-            ) from None
-        if not merged.get("model_type"):
+    def __init__(self, name: str, window: int, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """`config` is that of the model to judge, `files` its small files, the tokenizer among them."""
+        if not config.get("model_type"):
             raise InputError(f"metric {name} judges language models; for others give mf.search a function as metric")
-        logging.disable_progress_bar()
-        self.name, self._window = name, window
-        self._config = AutoConfig.for_model(**merged)
-        with tempfile.TemporaryDirectory() as folder:
-            for file, content in files.items():
-                (Path(folder) / file).write_bytes(content)
-            self._config.save_pretrained(folder)  # says which tokenizer class it is
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise InputError(f"metric {name}: no tokenizer ({str(error).splitlines()[0]})") from None
+        self.name, self._window, self._kind = name, window, kind_of(config, files, f"metric {name}")
 
     def load(self, data: Any) -> Judged:
         files = as_files(data)
         if files is None:
             raise InputError(f"metric {self.name} reads text files: give paths as validation and test")
-        return judged(documents([str(file) for file in files]), self._tokenizer, self._window)
+        return judged(documents([str(file) for file in files]), self._kind.tokenizer, self._window)
 
     def score(self, merged: Held, data: Judged) -> float:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            None, config=self._config, state_dict=merged.tensors, dtype=torch.float32, trust_remote_code=False
-        )
-        return MEASURES[self.name](model.eval(), data)
+        return MEASURES[self.name](running(self._kind, merged.tensors), data)
 
 
 def check_name(metric: str | Own, direction: Direction | None) -> None:

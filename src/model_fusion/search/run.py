@@ -1,4 +1,4 @@
-"""A search from recipe to merged folder: check, try, compare with plain task arithmetic, read the test set once, write."""
+"""A search from recipe to merged folder: check, try, compare with plain task arithmetic, test once, write."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def _earlier_reads(output: Path, settings: Mapping[str, Any], overwrite: bool) -
     was = report["settings"]
     if not overwrite and was == json.loads(json.dumps(settings)):
         raise InputError(
-            f"this search is finished and its test set was read: the result is in {output / REPORT}; --overwrite searches "
-            "anew and marks the test result as a re-read"
+            f"this search is finished and its test set was read: see {output / REPORT}; --overwrite searches anew and "
+            "marks the test result as a re-read"
         )
     return int(report["test"]["reads"]) if set(was["test"]) & set(settings["test"]) else 0
 

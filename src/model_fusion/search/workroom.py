@@ -28,7 +28,7 @@ class Workroom:
         if known.is_file():
             if not resume:
                 raise InputError(
-                    f"an unfinished search of {output} is in {self.folder}: pass --resume to go on, or remove that folder"
+                    f"an unfinished search is in {self.folder}: pass --resume to go on, or remove that folder"
                 )
             was = json.loads(known.read_text(encoding="utf-8"))
             changed = [key for key, value in self._settings.items() if was.get(key) != value]
