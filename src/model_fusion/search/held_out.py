@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.errors import InputError
 
 
 def digests(data: Any, what: str) -> list[str]:
-    """What identifies a data set: one SHA-256 a file, or one of the pickled value; none for a function.
+    """What identifies a data set: one SHA-256 a file, or one of the value; none for a function, or for a value that is
+    not made of tensors, arrays, numbers, texts, lists and dicts.
 
     **Raises** InputError for a path that is no file.
     """
@@ -26,16 +30,35 @@ def digests(data: Any, what: str) -> list[str]:
         return []
     files = as_files(data)
     if files is None:
+        digest = hashlib.sha256()
         try:
-            return [hashlib.sha256(pickle.dumps(data)).hexdigest()]
-        except (pickle.PicklingError, TypeError, AttributeError):
+            _update(digest, data)
+        except TypeError:
             return []
+        return [digest.hexdigest()]
     found = []
     for file in files:
         if not file.is_file():
             raise InputError(f"no such {what} file: {file}")
         found.append(hashlib.sha256(file.read_bytes()).hexdigest())
     return found
+
+
+def _update(digest: Any, value: Any) -> None:
+    """Into the digest: the content of a value, whatever objects hold it. Raises TypeError for other kinds."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode() + as_bytes(value))
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"array {value.dtype} {value.shape}".encode() + value.tobytes())
+    elif value is None or isinstance(value, bool | int | float | str | bytes):
+        digest.update(f"{type(value).__name__} {value!r};".encode())
+    elif isinstance(value, Mapping | Sequence):
+        digest.update(f"{len(value)} of {'mapping' if isinstance(value, Mapping) else 'sequence'}".encode())
+        for item in value.items() if isinstance(value, Mapping) else value:
+            _update(digest, item)
+    else:
+        raise TypeError(type(value))
 
 
 def as_files(data: Any) -> list[Path] | None:
