@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from model_fusion.errors import InputError, MissingDependencyError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a language model is besides its weights: its config, and its tokenizer (pads on the left)."""
+    """What a language model is besides its weights: its config, its tokenizer (pads on the left), and how it generates
+    unless told otherwise."""
 
     config: Any
     tokenizer: Any
+    generation: dict[str, Any]
 
 
 def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) -> Kind:
@@ -29,6 +32,7 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
     model; the message begins with `name`."""
     try:
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
         from transformers.utils import logging
     except ImportError as error:
         raise MissingDependencyError(f"{name} needs {error.name}: pip install 'model-fusion[fuse]'") from None
@@ -37,6 +41,8 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
         raise InputError(f"{name}: no language model (its config.json names no model_type)")
     try:
         known = AutoConfig.for_model(**config)
+        if type(known) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"transformers knows no causal LM of type {known.model_type}")
         with tempfile.TemporaryDirectory() as folder:
             for file, content in files.items():
                 (Path(folder) / file).write_bytes(content)
@@ -47,16 +53,18 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return Kind(known, tokenizer)
+    return Kind(known, tokenizer, json.loads(files.get("generation_config.json", b"{}")))
 
 
 def running(kind: Kind, tensors: Mapping[str, Tensor]) -> Any:
     """The model with these weights, under their names in a checkpoint."""
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    model = AutoModelForCausalLM.from_pretrained(
-        None, config=kind.config, state_dict=dict(tensors), dtype=torch.float32, trust_remote_code=False
-    )
+    one = MODEL_FOR_CAUSAL_LM_MAPPING[type(kind.config)]
+    model = one.from_pretrained(None, config=kind.config, state_dict=dict(tensors), dtype=torch.float32)
+    if kind.generation:
+        model.generation_config = GenerationConfig(**kind.generation)
     return model.eval()
 
 

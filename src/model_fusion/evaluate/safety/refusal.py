@@ -60,7 +60,6 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], *, tokens: int =
             top_p=None,
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
         )
         new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, new, strict=True):
