@@ -129,7 +129,7 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130, error.decode()
     assert not (tmp_path / "out").exists()
-    tried = sum('"op_code":4' in line for line in (tmp_path / ".out.search/study.journal").read_text().splitlines())
+    tried = sum('"op_code":6' in line for line in (tmp_path / ".out.search/study.journal").read_text().splitlines())
     again = CliRunner().invoke(
         app, command(models, tmp_path / "out", "--trials", str(tried + 2), "--window", "16", "--resume")
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 
 from model_fusion.cli.audit import audit
@@ -21,6 +21,9 @@ from model_fusion.cli.search import search
 from model_fusion.cli.stack import stack
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
+
+# newer versions of typer carry a click of their own, whose exceptions are not those of the package click
+_WRONG_USE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="model-fusion",
@@ -53,17 +56,20 @@ app.add_typer(mix, name="mix")
 def main() -> None:
     """Run the command line. What the user can mend is one line on standard error and exit code 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # 130 where typer itself caught Ctrl-C
     except ModelFusionError as error:
         _fail(error)
     except OSError as error:
         _fail(error)
-    except click.ClickException as error:
+    except _WRONG_USE as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
 def _fail(error: Exception) -> None:
