@@ -12,7 +12,7 @@ def search(
     validation: list[Path] = typer.Option(..., help="Text file that every trial is judged on; may be repeated."),
     test: list[Path] = typer.Option(..., help="Text file that is read once, after the last trial; may be repeated."),
     trials: int = typer.Option(100, min=1, help="How many mergers to try."),
-    sampler: str = typer.Option("cmaes", help="cmaes, tpe, grid or random."),
+    sampler: str = typer.Option("tpe", help="tpe, cmaes, grid or random."),
     seed: int = typer.Option(0, help="The same seed proposes the same trials."),
     base: str = typer.Option(None, help="Base of plain task arithmetic, where the recipe names none."),
     window: int = typer.Option(512, min=2, help="Tokens of text read at once."),

@@ -46,7 +46,7 @@ def search(
     validation: Any,
     test: Any,
     trials: int = 100,
-    sampler: str = "cmaes",
+    sampler: str = "tpe",
     seed: int = 0,
     direction: Direction | None = None,
     base: str | None = None,

@@ -7,6 +7,7 @@ interrupted and resumed proposes what it would have proposed without the interru
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -17,9 +18,11 @@ from model_fusion.errors import InputError, MissingDependencyError
 from model_fusion.recipe.ranges import Choices, Free, Value
 from model_fusion.recipe.reading import nearest
 
-SAMPLERS = ("cmaes", "tpe", "grid", "random")
+SAMPLERS = ("tpe", "cmaes", "grid", "random")
 Direction = Literal["minimize", "maximize"]
 _NAME = "search"
+_START = 30
+"""CMA-ES walks from one place and can stay in the valley next to it: it starts from the best of so many TPE trials."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,17 @@ class Study:
     def _sampler(self, number: int) -> Any:
         samplers, seed = self._optuna.samplers, (self.seed * 1_000_003 + number) % 2**32
         numbers = sum(not isinstance(free, Choices) for free in self.space.values())
-        if self.sampler == "cmaes" and numbers > 1:  # in one dimension there is no covariance to adapt
-            independent = samplers.TPESampler(seed=seed)
-            return samplers.CmaEsSampler(seed=seed, independent_sampler=independent, warn_independent_sampling=False)
+        if self.sampler == "cmaes" and numbers > 1 and number >= _START:  # one dimension has no covariance to adapt
+            known = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,))
+            start = [trial for trial in known if trial.number < _START]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+                return samplers.CmaEsSampler(
+                    seed=seed,
+                    source_trials=start or None,
+                    independent_sampler=samplers.TPESampler(seed=seed),
+                    warn_independent_sampling=False,
+                )
         return samplers.TPESampler(seed=seed) if self.sampler in ("tpe", "cmaes") else samplers.RandomSampler(seed=seed)
 
     def _distribution(self, free: Free) -> Any:
