@@ -5,8 +5,8 @@ python benchmarks/search.py --json out.json [--seeds 10 11 12 13 14] [--trials 1
 Per seed: a network 64-64-10 is trained shortly on three tasks at once (digits as they are, turned by 90 degrees,
 inverted), then fine-tuned on each. A recipe adds the three task vectors with one weight in [0, 1.5] each; the metric is
 the mean accuracy of the three tasks. Every sampler searches on validation images; the fine grid tries every combination
-on the same images. Test images are read once a search, for the winner and for plain task arithmetic. The default seeds were not
-looked at while the samplers were set up.
+on the same images. Test images are read once a search, for the winner and for plain task arithmetic. The default
+seeds were not looked at while the samplers were set up.
 """
 
 from __future__ import annotations
