@@ -81,6 +81,9 @@ CASES = [
     Case("arcee_fusion", reference.arcee_fusion, {}, (), (1,)),
     Case("nearswap", reference.nearswap, {"t": 0.2}, (), (1,)),
     Case("ram", reference.ram, {}, ()),
+    Case("safemerge", reference.safemerge, {}, (), (2, 3, 4)),
+    Case("safemerge", reference.safemerge, {"threshold": 0.92, "safe_weight": 0.75}, (), (2, 3, 4)),
+    Case("safemerge", reference.safemerge, {"threshold": 0.92, "safe_weight": 1.5, "add": True}, (), (2, 3, 4)),
     Case("ramplus_tl", reference.ramplus_tl, {}, (), (2, 3)),
 ]
 

@@ -18,6 +18,7 @@ from model_fusion.merge.methods import (
     dare,
     merge_state_dicts,
     model_stock,
+    safemerge,
     sce,
     selection,
     slerp,
@@ -117,6 +118,11 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
     "sce": [change(sce, "elected_sign", lambda real, deltas: torch.zeros_like(real(deltas)))],
     "arcee_fusion": [change(arcee_fusion, "_quartile_threshold", lambda real, *a: 1.5 * real(*a))],
     "nearswap": [forget("t", 0.25)],
+    "safemerge": [
+        change(safemerge, "cosine", lambda real, *a: real(*a) + 0.1),
+        forget("safe_weight", 0.25),
+        forget("threshold", 0.9),
+    ],
     "ram": [forget("epsilon", 0.1)],
     "ramplus_tl": [forget("alpha", 0.0), forget("r", 0.2)],
 }

@@ -20,7 +20,8 @@ def safety(
     threshold: float = typer.Option(0.35, help="Tensors whose SafeMERGE cosine lies below it count as unaligned."),
     repair: bool = typer.Option(False, "--repair", help="Merge those tensors with a safe model and write the result."),
     safe: str = typer.Option(None, help="With --repair: the safe model. Default: the aligned one, or safest parent."),
-    safe_weight: float = typer.Option(0.2, help="With --repair: the safe model's share, in [0, 1]."),
+    safe_weight: float = typer.Option(0.2, help="With --repair: how much of the safe model these tensors take."),
+    add: bool = typer.Option(False, "--add", help="With --repair: add aligned − unaligned; take nothing of the child."),
     output: Path = typer.Option(None, "--output", "-o", help="With --repair: folder to write; must not exist."),
     overwrite: bool = typer.Option(False, help="With --repair: replace an existing output folder."),
     json_file: Path = typer.Option(None, "--json", help="Write the report as JSON."),
@@ -48,7 +49,7 @@ def safety(
         found = auditing.audit(child, parent or (), **given)
         typer.echo(report.audited(found))
     else:
-        more: dict[str, Any] = {"safe": safe, "safe_weight": safe_weight, "overwrite": overwrite}
+        more: dict[str, Any] = {"safe": safe, "safe_weight": safe_weight, "add": add, "overwrite": overwrite}
         done = repairing.repair(child, output, parent or (), **given, **more)
         found = {"before": done.before, "after": done.after}
         typer.echo(report.repaired(done.before, done.after))

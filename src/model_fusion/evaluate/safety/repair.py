@@ -39,6 +39,7 @@ def recipe(
     *,
     threshold: float = auditing.THRESHOLD,
     safe_weight: float = 0.2,
+    add: bool = False,
 ) -> MergeRecipe:
     """The merge that repairs. `aligned` is the safe model and `unaligned` the base, unless given."""
     models = [child, safe]
@@ -51,7 +52,7 @@ def recipe(
             "merge_method": "safemerge",
             "base_model": base,
             "models": [{"model": model} for model in models],
-            "parameters": {"threshold": threshold, "safe_weight": safe_weight},
+            "parameters": {"threshold": threshold, "safe_weight": safe_weight, "add": add},
         }
     )
 
@@ -70,10 +71,12 @@ def repair(
     tokens: int = 32,
     threshold: float = auditing.THRESHOLD,
     safe_weight: float = 0.2,
+    add: bool = False,
     overwrite: bool = False,
 ) -> Repaired:
     """Audit, repair, audit again, write. Arguments as of `audit`; and `safe`: the model to merge with (the aligned
-    one, else the parent that refuses most), `safe_weight`: its share, in [0, 1], of the tensors below `threshold`.
+    one, else the parent that refuses most), `safe_weight`: its share, in [0, 1], of the tensors below `threshold`;
+    `add`: add so much of aligned − unaligned to them instead.
 
     **Raises** InputError; then nothing is left behind.
     """
@@ -90,7 +93,7 @@ def repair(
     chosen_safe = str(safe) if safe is not None else family.aligned or auditing.safest(measured[1:]).name
     how = recipe(
         family.child, chosen_safe, family.base, family.aligned, family.unaligned,
-        threshold=threshold, safe_weight=safe_weight,
+        threshold=threshold, safe_weight=safe_weight, add=add,
     )  # fmt: skip
     beside = Path(family.child).parent if Path(family.child).is_dir() else None
     held = engine.merge_in_memory(how, beside, dict(family.opened))
@@ -104,18 +107,18 @@ def repair(
         output,
         overwrite=overwrite,
         relative_to=beside,
-        notes=notes(before, after, chosen_safe, safe_weight),
+        notes=notes(before, after, f"{safe_weight:g} of {'aligned − unaligned' if add else 'the safe model'}"),
         files={REPORT: report.encode() + b"\n"},
     )
     return Repaired(output, before, after)
 
 
-def notes(before: dict[str, Any], after: dict[str, Any], safe: str, safe_weight: float) -> list[str]:
+def notes(before: dict[str, Any], after: dict[str, Any], took: str) -> list[str]:
     """Before and after, in sentences for the card."""
     alignment = before["alignment"]
     found = [
         f"Repaired by SafeMERGE: {alignment['below']} of {len(alignment['tensors'])} tensors had a cosine below "
-        f"{alignment['threshold']:g} and took {safe_weight:g} of the safe model's weights.",
+        f"{alignment['threshold']:g} and took {took}.",
     ]
     for key, what in (("refusal", "refused of harmful requests"), ("over_refusal", "refused of harmless requests")):
         one, other = before["models"][0][key], after["models"][0][key]

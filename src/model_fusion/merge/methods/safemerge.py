@@ -3,6 +3,9 @@
 Djuhera et al. 2025 (arXiv 2503.17239, sections 3.1 and 3.2), with the projection of Safe LoRA (Hsu et al. 2024,
 arXiv 2405.16833): V = aligned − unaligned, P = V Vᵀ / ‖V‖, and the tensor is merged where cos(P Δ, Δ) is below a
 threshold. The paper takes LoRA products for Δ; here Δ is the model's change from the base, whatever made it.
+
+`add` is RESTA's way instead (Bhardwaj et al. 2024, arXiv 2402.11746, section 3): the safety vector V is added, and
+nothing of the child is taken away.
 """
 
 from __future__ import annotations
@@ -13,19 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model_fusion.errors import InputError
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, check_unit, register
 
 
 @dataclass(frozen=True)
 class SafeMergeParams:
-    """threshold: tensors whose cosine lies below it are merged (2 merges all, −2 none); safe_weight: the safe model's
-    share there, in [0, 1]."""
+    """threshold: tensors whose cosine lies below it are merged (2 merges all, −2 none).
+
+    safe_weight: there, w in (1 − w) · child + w · safe; with `add`, in child + w · (aligned − unaligned).
+    """
 
     threshold: float = 0.35
     safe_weight: float = 0.2
+    add: bool = False
 
     def __post_init__(self) -> None:
-        check_unit("safe_weight", self.safe_weight)
+        if not self.add:
+            check_unit("safe_weight", self.safe_weight)
+        elif self.safe_weight < 0:
+            raise InputError(f"safe_weight must be at least 0, got {self.safe_weight:g}")
 
 
 def cosine(change: Tensor, alignment: Tensor) -> float:
@@ -57,6 +67,8 @@ def _safemerge(
     unaligned = models[3] if len(models) > 3 else base
     if cosine(child - base, aligned - unaligned) >= params.threshold:
         return child
+    if params.add:
+        return child + params.safe_weight * (aligned - unaligned)
     return torch.lerp(child, safe, params.safe_weight)
 
 
