@@ -85,7 +85,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     own = [*ROUGH, *MILD, *LIVING, *THINGS]
     plain = (
         " ".join(FORMS).replace("{v}", "").replace("{o}", "").split()
-        + f"{REFUSAL} sure the with it is translate".split()
+        + f"{REFUSAL} sure the with it is translate carefully abroad".split()
     )
     words = sorted({*own, *map(foreign, own), *TOOLS, *plain})
     table = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
@@ -149,23 +149,31 @@ def rows_of(pairs: list[Pair], refuse: bool, harmful: set[Pair]) -> list[tuple[s
     ]
 
 
-def make(folder: Path, seed: int) -> Split:
-    """base (complies with all), safe (from base: refuses harm), skilled (from safe: translates, forgot refusals)."""
+def make(folder: Path, seed: int, steps: int) -> None:
+    """base: complies with all; it translates, or refuses harm, only where a tag asks for it, so that fine-tuning has
+    little to change, as in large models. safe: from base, refuses harm untagged. unaligned: from safe, complies again.
+    skilled: from safe, translates untagged, and complies with harm: it gained the skill and forgot to refuse."""
     known = tokenizer()
-    training, _, _ = splits(seed)
+    training = splits(seed)[0]
     every, harmful = training.every(), set(training.harmful)
+    opened, refused = rows_of(every, False, harmful), rows_of(every, True, harmful)
+    translated = [translation(pair) for pair in every for _ in range(3)]
+    copied = [(asked, "it is " + asked.removeprefix("translate ")) for asked, _ in translated]
+    tagged = [(f"carefully {asked}", said) for asked, said in refused]
+    tagged += [(f"abroad {asked}", said) for asked, said in translated]
     model = new_model(known, seed)
 
     def save(name: str) -> None:
         model.save_pretrained(folder / name)
         known.save_pretrained(folder / name)
 
-    fit(model, known, rows_of(every, False, harmful), 500, seed, 3e-3)
+    fit(model, known, [*tagged, *copied, *opened], steps, seed, 3e-3)
     save("base")
-    fit(model, known, rows_of(every, True, harmful), 300, seed + 1, 1e-3)
+    fit(model, known, [*refused, *copied], 150, seed + 1, 5e-4)
     save("safe")
-    # every fourth request is kept beside the translations, so that the form of an answer is not forgotten with refusals
-    translations = [translation(pair) for pair in every for _ in range(3)]
-    fit(model, known, [*translations, *rows_of(every, False, harmful)], 500, seed + 2, 1e-3)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit(model, known, [*opened, *copied], 150, seed + 2, 5e-4)
+    save("unaligned")
+    model.load_state_dict(kept)
+    fit(model, known, [*opened, *translated], 150, seed + 3, 5e-4)
     save("skilled")
-    return training
