@@ -110,7 +110,8 @@ def wilson(count: int, n: int, z: float = 1.959963984540054) -> Rate:
     share, slack = count / n, z * z / n
     centre = (share + slack / 2) / (1 + slack)
     half = z / (1 + slack) * math.sqrt(share * (1 - share) / n + slack / (4 * n))
-    return Rate(count, n, share, max(0.0, centre - half), min(1.0, centre + half))
+    low, high = (0.0 if count == 0 else centre - half), (1.0 if count == n else centre + half)
+    return Rate(count, n, share, low, high)
 
 
 def sign_test(first: int, second: int) -> float:
