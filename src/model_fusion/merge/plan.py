@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import Rows, has_row_a_token, rows_of, tied
+from model_fusion.architecture.roles import Rows, depth_of, has_row_a_token, rows_of, stacks, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -165,6 +165,7 @@ class _Planner:
         once = method.max_models == 1
         self.layout = Layout(recipe, self.checkpoints, self.name, self.heads, once)
         self.problems += self.layout.problems
+        self.lengths = stacks(item.out for item in self.layout.items)
         # a text model has no tower: what lies outside the backbone may be one model's alone
         outside = multimodal(self.template.config)
         self.shared = set(backbone(self.template.names)) if outside else set(self.template.names)
@@ -243,8 +244,8 @@ class _Planner:
             for i in chosen:
                 levels = [block.sources[i].parameters, *block.levels]
                 each.append(self._values(self.method.model_params, levels, name, position))
-        rows = rows_of(name, self.template.config)
-        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied, position, rows))
+        depth, rows = depth_of(item.out, self.lengths), rows_of(name, self.template.config)
+        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied, depth, rows))
 
     def _holder(self, wanted: Input) -> Input:
         """The input itself, or the same tensor of the model that fills gaps."""
