@@ -10,16 +10,29 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
+    from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
+    from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
+    from model_fusion.dynamic.ensemble import Ensemble, ensemble
+    from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+    from model_fusion.dynamic.parts import exclusive
+    from model_fusion.dynamic.twin import TwinModel
     from model_fusion.evaluate.audit import audit
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
+    from model_fusion.merge.calibration import (
+        Coefficients,
+        adamerging,
+        collect_merged_statistics,
+        collect_statistics,
+    )
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
+    from model_fusion.run.twin import twin
 
 __version__ = "0.1.0.dev0"
 
@@ -27,10 +40,21 @@ _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
+    "Statistics": "model_fusion.checkpoint.statistics",
+    **dict.fromkeys(
+        ("Coefficients", "adamerging", "collect_merged_statistics", "collect_statistics"),
+        "model_fusion.merge.calibration",
+    ),
     "audit": "model_fusion.evaluate.audit",
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
     "verify": "model_fusion.checkpoint.verify",
+    **dict.fromkeys(("TwinForCausalLM", "TwinConfig"), "model_fusion.dynamic.causal_lm"),
+    **dict.fromkeys(("Masks", "consensus", "emr", "tall"), "model_fusion.dynamic.masks"),
+    "TwinModel": "model_fusion.dynamic.twin",
+    "exclusive": "model_fusion.dynamic.parts",
+    "twin": "model_fusion.run.twin",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -45,7 +69,9 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Coefficients",
     "CrossAttention",
+    "Ensemble",
     "Example",
     "Expert",
     "Field",
@@ -58,15 +84,29 @@ __all__ = [
     "IntegrityError",
     "Logit",
     "Lora",
+    "Masks",
     "MissingDependencyError",
     "ModelFusionError",
     "Prefix",
+    "Statistics",
     "Tool",
+    "TwinConfig",
+    "TwinForCausalLM",
+    "TwinModel",
+    "adamerging",
     "audit",
+    "collect_merged_statistics",
+    "collect_statistics",
+    "consensus",
+    "emr",
+    "ensemble",
+    "exclusive",
     "fuse",
     "inspect",
     "merge",
     "merge_state_dicts",
     "mix",
+    "tall",
+    "twin",
     "verify",
 ]

@@ -10,6 +10,8 @@ import typer
 
 from model_fusion.cli.audit import audit
 from model_fusion.cli.chat import chat
+from model_fusion.cli.dynamic import app as dynamic
+from model_fusion.cli.ensemble import ensemble
 from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
 from model_fusion.cli.inspect import inspect
@@ -17,6 +19,7 @@ from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
 from model_fusion.cli.mix import app as mix
 from model_fusion.cli.stack import stack
+from model_fusion.cli.statistics import adamerge, statistics
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
@@ -39,11 +42,15 @@ app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("ensemble")(ensemble)
 app.command("stack")(stack)
 app.command("verify")(verify)
 app.command("inspect")(inspect)
+app.command("statistics")(statistics)
+app.command("adamerge")(adamerge)
 app.add_typer(lora, name="lora")
 app.add_typer(mix, name="mix")
+app.add_typer(dynamic, name="dynamic")
 
 
 def main() -> None:
