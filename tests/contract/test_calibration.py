@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import model_fusion as mf
 from calibration_fixtures import Batches, mlp, vectors
 from model_fusion.errors import InputError
-from model_fusion.merge.calibration import collect, layers, propagate
+from model_fusion.merge.calibration import collect, layers, propagate, replay
 from tiny_llm import tiny_llama, word_tokenizer
 
 Patch = pytest.MonkeyPatch
@@ -287,14 +287,23 @@ def with_weights(module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
     module.load_state_dict(before)
 
 
-def test_a_transformers_layer_keeps_its_own_weights_while_it_is_measured() -> None:
+def without_cache(batches: Batches) -> Batches:
+    return [{**batch, "use_cache": False} for batch in batches]
+
+
+def layers_agree(data: list[Batches], monkeypatch: Patch) -> bool:
     """Layer ℓ's Gram matrices are those of a model whose layers before ℓ (and embedding) are the merged ones."""
-    models, data = [llama(seed) for seed in (1, 2)], [tokens(3), tokens(2)]
+    models = [llama(seed) for seed in (1, 2)]
+    used: list[bool] = []
+    real = replay.Replay.record
+    monkeypatch.setattr(propagate.Replay, "record", lambda *a: used.append(found := real(*a)) or found)
     before = [{n: t.clone() for n, t in m.state_dict().items()} for m in models]
     found = mf.collect_merged_statistics(models, data, weights=[1.0, 0.5])
     each = [{"weight": 1.0}, {"weight": 0.5}]
     states = [m.state_dict() for m in models]
     merged = mf.merge_state_dicts("regmean", states, model_params=each, statistics=found)
+    assert [one is not None for one in used] == ["use_cache" in data[0][0]]
+    right = []
     for layer in range(3):
         done = ("model.embed", "lm_head", *(f"model.layers.{n}." for n in range(layer)))
         for model, batches, own in zip(models, data, found, strict=True):
@@ -302,9 +311,53 @@ def test_a_transformers_layer_keeps_its_own_weights_while_it_is_measured() -> No
             with with_weights(model, mixed):
                 want = mf.collect_statistics(model, batches, only=[f"layers.{layer}."])
             assert len(want) == 7
-            assert all(torch.allclose(own[n], want[n], rtol=1e-4, atol=1e-5 * float(want[n].max())) for n in want)
+            right += [torch.allclose(own[n], want[n], rtol=1e-4, atol=1e-5 * float(want[n].max())) for n in want]
     for model, old in zip(models, before, strict=True):
         assert all(torch.equal(tensor, old[name]) for name, tensor in model.state_dict().items())
+    return all(right)
+
+
+@pytest.mark.parametrize("change", [list, without_cache])
+def test_a_layer_is_measured_after_merged_layers(change: Callable[[Batches], Batches], monkeypatch: Patch) -> None:
+    assert layers_agree([change(tokens(3)), change(tokens(2))], monkeypatch)
+
+
+def test_the_layer_check_goes_red_where_a_replay_stands_still(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(propagate.Replay, "advance", lambda *a: None)
+    assert not layers_agree([without_cache(tokens(3)), without_cache(tokens(2))], monkeypatch)
+
+
+class Hands(nn.Module):
+    """Layers that hand a second tensor on, which a replay would keep from before the merge."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList(Pair() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return x
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x) + y, self.two(y).tanh()
+
+
+def test_layers_that_hand_more_on_are_not_replayed() -> None:
+    models, data = [Hands(seed) for seed in (1, 2)], [vectors(1), vectors(2)]
+    found = mf.collect_merged_statistics(models, data)
+    merged = mf.merge_state_dicts("regmean", [m.state_dict() for m in models], statistics=found)
+    with with_weights(models[0], merged):
+        want = mf.collect_statistics(models[0], data[0])
+    assert torch.allclose(found[0]["layers.2.two.weight"], want["layers.2.two.weight"], rtol=1e-4, atol=1e-6)
 
 
 # --- what cannot be ---
