@@ -6,8 +6,8 @@ that the activations went through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -46,7 +46,8 @@ def collect_merged_statistics(
     **Arguments**
     models: of one architecture; they are not changed. batches, forward: of each model (`collect_statistics` says what
         they may be). Where layers hand one tensor on, as transformers' do without a cache (`use_cache: False`), they
-        are replayed: two passes in all; else one pass a layer, as far as that layer. weights, alpha, ridge: those of the `regmean` merge that follows.
+        are replayed: two passes in all; else one pass a layer, as far as that layer.
+    weights, alpha, ridge: those of the `regmean` merge that follows.
     step: called with the number of layers after each.
 
     Memory: one copy of each model, and one matrix [in, in] a linear layer and model.
@@ -133,16 +134,15 @@ class _Walk:
         for i, (model, batches) in enumerate(zip(self.models, self.batches, strict=True)):
             wanted: list[Layer] = [layer for layer in linear_layers(model) if layer.name in unit.layers]
             with evaluating(model), Grams(wanted) as grams, torch.no_grad():
-                passes = (
-                    self._full(i, unit) if self._replay is None else self._replay.run(i, number - self._chain.start)
-                )
-                for batch in batches:
-                    grams.mask = mask_of(batch)
-                    next(passes)
+                block = number - self._chain.start
+                with closing(self._full(i, unit) if self._replay is None else self._replay.run(i, block)) as passes:
+                    for batch in batches:
+                        grams.mask = mask_of(batch)
+                        next(passes)
             found.append(grams.statistics())
         return found
 
-    def _full(self, number: int, unit: _Unit) -> Iterator[None]:
+    def _full(self, number: int, unit: _Unit) -> Generator[None, None, None]:
         """Passes of one model's batches, as far as the unit."""
         model, forward = self.models[number], self.forwards[number]
         with _until(model, unit.until):

@@ -5,7 +5,7 @@ A full pass for each of L layers costs L/2 passes over the data; replaying costs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Replay:
             found.hidden.append(entries)
         return found
 
-    def run(self, number: int, block: int) -> Iterator[Tensor]:
+    def run(self, number: int, block: int) -> Generator[Tensor, None, None]:
         """The block's answers of model `number`, batch by batch."""
         part = self.models[number].get_submodule(self.paths[block])
         for calls, hidden in zip(self.calls[number], self.hidden[number], strict=True):
