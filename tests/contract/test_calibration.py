@@ -351,6 +351,24 @@ class Pair(nn.Module):
         return self.one(x) + y, self.two(y).tanh()
 
 
+class Routed(nn.Module):
+    """A layer one of whose parts runs on some batches only."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList([Pair()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers[0].one if float(x.sum()) < 0 else self.layers[0].two)(x)
+
+
+def test_parts_that_the_first_batch_did_not_reach_are_measured() -> None:
+    batches = [-torch.ones(2, 6), torch.ones(2, 6)]
+    found = mf.collect_merged_statistics([Routed(1), Routed(2)], [batches, batches])
+    assert all(set(own) == {"layers.0.one.weight", "layers.0.two.weight"} for own in found)
+
+
 def test_layers_that_hand_more_on_are_not_replayed() -> None:
     models, data = [Hands(seed) for seed in (1, 2)], [vectors(1), vectors(2)]
     found = mf.collect_merged_statistics(models, data)
