@@ -10,10 +10,17 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
+    import model_fusion.search as search
     from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
+    from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
     from model_fusion.dynamic.ensemble import Ensemble, ensemble
+    from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+    from model_fusion.dynamic.parts import exclusive
+    from model_fusion.dynamic.twin import TwinModel
     from model_fusion.evaluate.audit import audit
+    from model_fusion.evaluate.safety.audit import audit as audit_safety
+    from model_fusion.evaluate.safety.repair import repair as repair_safety
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
@@ -28,9 +35,14 @@ if TYPE_CHECKING:
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
+    from model_fusion.run.twin import twin
 
 __version__ = "0.1.0.dev0"
 
+_RENAMED = {
+    "audit_safety": ("model_fusion.evaluate.safety.audit", "audit"),
+    "repair_safety": ("model_fusion.evaluate.safety.repair", "repair"),
+}
 _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
@@ -45,16 +57,24 @@ _HOMES = {
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
     "verify": "model_fusion.checkpoint.verify",
+    **dict.fromkeys(("TwinForCausalLM", "TwinConfig"), "model_fusion.dynamic.causal_lm"),
+    **dict.fromkeys(("Masks", "consensus", "emr", "tall"), "model_fusion.dynamic.masks"),
+    "TwinModel": "model_fusion.dynamic.twin",
+    "exclusive": "model_fusion.dynamic.parts",
+    "twin": "model_fusion.run.twin",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fuse", "merge", "mix"):  # the verb and the package share a name: the package is callable
+    if name in ("fuse", "merge", "mix", "search"):  # the verb and the package share a name: the package is callable
         return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _RENAMED:
+        home, own = _RENAMED[name]
+        return getattr(importlib.import_module(home), own)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -74,20 +94,32 @@ __all__ = [
     "IntegrityError",
     "Logit",
     "Lora",
+    "Masks",
     "MissingDependencyError",
     "ModelFusionError",
     "Prefix",
     "Statistics",
     "Tool",
+    "TwinConfig",
+    "TwinForCausalLM",
+    "TwinModel",
     "adamerging",
     "audit",
+    "audit_safety",
     "collect_merged_statistics",
     "collect_statistics",
+    "consensus",
+    "emr",
     "ensemble",
+    "exclusive",
     "fuse",
     "inspect",
     "merge",
     "merge_state_dicts",
     "mix",
+    "repair_safety",
+    "search",
+    "tall",
+    "twin",
     "verify",
 ]
