@@ -10,6 +10,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
+    from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
     from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
     from model_fusion.dynamic.ensemble import Ensemble, ensemble
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
+    from model_fusion.merge.calibration import (
+        Coefficients,
+        adamerging,
+        collect_merged_statistics,
+        collect_statistics,
+    )
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
@@ -34,6 +41,11 @@ _HOMES = {
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
     **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
+    "Statistics": "model_fusion.checkpoint.statistics",
+    **dict.fromkeys(
+        ("Coefficients", "adamerging", "collect_merged_statistics", "collect_statistics"),
+        "model_fusion.merge.calibration",
+    ),
     "audit": "model_fusion.evaluate.audit",
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
@@ -57,6 +69,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Coefficients",
     "CrossAttention",
     "Ensemble",
     "Example",
@@ -75,11 +88,15 @@ __all__ = [
     "MissingDependencyError",
     "ModelFusionError",
     "Prefix",
+    "Statistics",
     "Tool",
     "TwinConfig",
     "TwinForCausalLM",
     "TwinModel",
+    "adamerging",
     "audit",
+    "collect_merged_statistics",
+    "collect_statistics",
     "consensus",
     "emr",
     "ensemble",

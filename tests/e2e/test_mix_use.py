@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from mix_fixtures import model, write
+from model_fusion.architecture import wrapped
 from model_fusion.checkpoint.verify import verify
 from model_fusion.cli.main import main
-from model_fusion.fuse import model as fused_model
 from model_fusion.mix import train as training
 from model_fusion.mix.build import build
 from model_fusion.mix.routing import moe_layers
@@ -203,7 +203,7 @@ def test_generate_and_chat_open_a_mixture(
 
 
 def test_a_kernel_that_is_lost_is_seen(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_model, "KERNELS", ("_attn_implementation",))
+    monkeypatch.setattr(wrapped, "KERNELS", ("_attn_implementation",))
     with pytest.raises(AssertionError):
         check_asked_as_it_is(build(recipe, tmp_path / "out").folder)
 

@@ -5,10 +5,7 @@ biases, a misspelt gate_mode gave `'NoneType' object is not callable`.
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from killing import killed
 from mix_fixtures import write
 from model_fusion.cli.main import main
 
@@ -186,22 +184,13 @@ def test_training_needs_a_folder_that_mix_built(made: Path) -> None:
         train_router(made / "base")
 
 
-KILLED = """
-import os, signal, sys
+WORK = """
 from pathlib import Path
 from model_fusion.mix.build import build
-steps, real = [int(sys.argv[1])], {name: getattr(os, name) for name in ("pwrite", "write", "rename", "fsync")}
-def step(name):
-    def call(*args):
-        steps[0] -= 1
-        if steps[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real[name](*args)
-    return call
-for name in real:
-    setattr(os, name, step(name))
+
 build(Path("recipe.yml"), Path("out"), resume=True, shard_size=20_000)
 """
+SEARCHED = [str(Path(entry).resolve()) for entry in sys.path]  # before the tests change folder
 
 
 def test_a_build_killed_half_way_goes_on_to_identical_bytes(
@@ -213,17 +202,13 @@ def test_a_build_killed_half_way_goes_on_to_identical_bytes(
     recipe["experts"] = [{"model": folder} for folder in recipe["experts"]]
     monkeypatch.chdir(tmp_path)
     Path("recipe.yml").write_text(yaml.safe_dump(recipe))
-    path = os.pathsep.join([str(Path(build.__code__.co_filename).parents[2]), os.environ.get("PYTHONPATH", "")])
 
     def bytes_of(folder: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
     whole = bytes_of(build(Path("recipe.yml"), Path("whole"), shard_size=20_000).folder)
     for step in (1, 12, 40):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(step)], capture_output=True, env=os.environ | {"PYTHONPATH": path}
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert killed(WORK, step, SEARCHED)
         assert not Path("out").exists()
     journal = Path(".out.partial/journal").read_bytes()
     assert journal.count(b"\n") > 2  # there was something to go on from

@@ -82,6 +82,12 @@ CASES = [
     Case("nearswap", reference.nearswap, {"t": 0.2}, (), (1,)),
     Case("ram", reference.ram, {}, ()),
     Case("ramplus_tl", reference.ramplus_tl, {}, (), (2, 3)),
+    Case("fisher", reference.fisher, {}, ("weight", "fisher"), base="no"),
+    Case("fisher", reference.fisher, {"floor": 0.0}, ("weight", "fisher"), base="no"),
+    Case("fisher", reference.fisher, {"floor": 0.25}, ("fisher",), base="no"),
+    Case("regmean", reference.regmean, {}, ("weight", "gram"), base="no"),
+    Case("regmean", reference.regmean, {"alpha": 0.0}, ("gram",), base="no"),
+    Case("regmean", reference.regmean, {"alpha": 1.0, "ridge": 0.01}, ("weight", "gram"), base="no"),
     Case("tsv_m", reference.tsv_m, {}, ("weight",)),
     Case("tsv_m", reference.tsv_m, {"rank_fraction": 0.75, "rest": "sum"}, ("weight",)),
     Case("iso_c", reference.iso_c, {"lambda_": 1.25, "force": True}, ("weight",)),
@@ -112,15 +118,30 @@ def draw(case: Case, shape: tuple[int, ...], seed: int) -> tuple[list[Array], Ar
                 values["epsilon"] = 0.0  # the masks are given, and it must fit every density
         if "gamma" in case.each:
             values["gamma"] = float(rng.choice([0.0, 0.01, 0.2, 1.0]))
-    masks = [rng.random(shape) < 0.5 for _ in models]
+    masks: list[Any] = [rng.random(shape) < 0.5 for _ in models]
+    if "fisher" in case.each or "gram" in case.each:
+        masks = statistics(rng, "gram" if "gram" in case.each else "fisher", len(models), shape)
     return models, None if case.base == "no" else base, each, masks
+
+
+def statistics(rng: np.random.Generator, kind: str, count: int, shape: tuple[int, ...]) -> list[Any]:
+    """One statistic a model: of 5 samples, some elements or inputs without any. A vector has no Gram matrix."""
+    if kind == "fisher":
+        return [rng.integers(0, 5, shape) ** 2 / 16 for _ in range(count)]
+    if len(shape) != 2:
+        return [None] * count
+    shown = rng.random(shape[1]) < 0.9
+    samples = [rng.integers(-4, 5, (5, shape[1])) / 4 * shown for _ in range(count)]
+    return [x.T @ x / len(x) for x in samples]
 
 
 def run(case: Case, models: list[Array], base: Array | None, each: list[Values], masks: list[Any]) -> Array:
     """The method's own answer, as float64."""
     method = get(case.method)
     given = [torch.from_numpy(m) for m in masks] if "mask" in case.each else None
-    key = Key(masks=given, depth=reference.DEPTH)
+    known = {"fisher", "gram"} & set(case.each) and masks[0] is not None
+    data = [torch.from_numpy(m).float() for m in masks] if known else None
+    key = Key(masks=given, depth=reference.DEPTH, data=data)
     got = method.run(
         [torch.from_numpy(m).float() for m in models],
         None if base is None else torch.from_numpy(base).float(),

@@ -65,6 +65,28 @@ def task_arithmetic(models, base, each, params, masks):
     return base + weighted([m - base for m in models], column(each, "weight", 1.0), params, False)
 
 
+def fisher(models, base, each, params, masks):
+    weights, floor = column(each, "weight", 1.0), params.get("floor", 1e-6)
+    if masks[0] is None:
+        return linear(models, base, each, {}, ())
+    least = floor * np.mean(masks)
+    shares = [w * np.maximum(f, least) for w, f in zip(weights, masks, strict=True)]
+    top, bottom = sum(s * m for s, m in zip(shares, models, strict=True)), sum(shares)
+    return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), linear(models, base, each, {}, ()))
+
+
+def regmean(models, base, each, params, masks):
+    """W (Σ wG + ridge) = Σ wWG + ridge · mean, where the ridge of an input is a share of its energy (1 without any)."""
+    if masks[0] is None:
+        return linear(models, base, each, {}, ())
+    weights, alpha = column(each, "weight", 1.0), params.get("alpha", 0.9)
+    grams = [w * (alpha * g + (1 - alpha) * np.diag(np.diag(g))) for w, g in zip(weights, masks, strict=True)]
+    energy = np.diag(sum(grams))
+    ridge = np.diag(np.where(energy > 0, params.get("ridge", 1e-6) * energy, 1.0))
+    right = sum(m @ g for m, g in zip(models, grams, strict=True)) + linear(models, base, each, {}, ()) @ ridge
+    return np.linalg.solve((sum(grams) + ridge).T, right.T).T
+
+
 def cosine(a: Array, b: Array) -> float:
     return float(a.ravel() @ b.ravel() / (np.linalg.norm(a) * np.linalg.norm(b)))
 

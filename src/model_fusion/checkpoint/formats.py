@@ -60,6 +60,27 @@ def read_header(file: Path) -> list[Entry]:
 
     Raises `InputError` naming the file (and the tensor) for anything malformed.
     """
+    header, start, size = _header(file)
+    entries = [_entry(file, start, name, info) for name, info in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = start
+    for entry in entries:
+        if entry.begin < position:
+            raise InputError(f"{file}: tensor {entry.name!r} overlaps the one before it")
+        if entry.end > size:
+            raise InputError(f"{file}: tensor {entry.name!r} ends at byte {entry.end}, the file at {size}: truncated")
+        position = entry.end
+    return entries
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The free texts in a safetensors file's header. Raises `InputError` where the header is malformed."""
+    found = _header(file)[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, the byte where the tensors start, and the file's size."""
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -76,17 +97,7 @@ def read_header(file: Path) -> list[Entry]:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     if not isinstance(header, dict):
         raise InputError(f"{file}: corrupt safetensors header (not a table of tensors)")
-    start = 8 + length
-    entries = [_entry(file, start, name, info) for name, info in header.items() if name != "__metadata__"]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    position = start
-    for entry in entries:
-        if entry.begin < position:
-            raise InputError(f"{file}: tensor {entry.name!r} overlaps the one before it")
-        if entry.end > size:
-            raise InputError(f"{file}: tensor {entry.name!r} ends at byte {entry.end}, the file at {size}: truncated")
-        position = entry.end
-    return entries
+    return header, 8 + length, size
 
 
 def _entry(file: Path, start: int, name: str, info: object) -> Entry:

@@ -19,6 +19,7 @@ from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
 from model_fusion.cli.mix import app as mix
 from model_fusion.cli.stack import stack
+from model_fusion.cli.statistics import adamerge, statistics
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
@@ -45,6 +46,8 @@ app.command("ensemble")(ensemble)
 app.command("stack")(stack)
 app.command("verify")(verify)
 app.command("inspect")(inspect)
+app.command("statistics")(statistics)
+app.command("adamerge")(adamerge)
 app.add_typer(lora, name="lora")
 app.add_typer(mix, name="mix")
 app.add_typer(dynamic, name="dynamic")

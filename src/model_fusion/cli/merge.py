@@ -39,6 +39,7 @@ def merge(
 
     ahead = None if dry_run else Ahead(recipe)
     gc.disable()  # importing torch makes a million objects and no garbage: collecting costs a fifth of the start
+    from model_fusion.checkpoint import lineage
     from model_fusion.merge import engine  # torch loads here, not for --help
 
     gc.freeze()
@@ -75,4 +76,6 @@ def merge(
         )
     for one in warned:
         typer.echo(f"warning: {one.message}", err=True)
+    for note in lineage.notes(folder):
+        typer.echo(note)
     typer.echo(f"wrote {folder}")

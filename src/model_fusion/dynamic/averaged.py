@@ -8,24 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from model_fusion.architecture.wrapped import WrappedConfig, kernels_kept
 from model_fusion.errors import InputError
 
 
-class AveragedConfig(PretrainedConfig):
+class AveragedConfig(WrappedConfig):
     """`text_config` is the first member's."""
 
     model_type = "model_fusion_averaged"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
     def __init__(self, text_config: Any = None, **kwargs: Any) -> None:
-        self.text_config = text_config
-        super().__init__(**kwargs)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        return self.text_config if self.text_config is not None else self
+        super().__init__(text_config, **kwargs)
 
 
 class Caches:
@@ -71,11 +67,9 @@ class AveragedModels(PreTrainedModel, GenerationMixin):
         if len(shares) != len(members) or min(shares) <= 0 or not all(map(math.isfinite, shares)):
             raise InputError(f"weights: give {len(members)} numbers above 0, one a model, got {shares}")
         sizes = {member.get_input_embeddings().weight.shape[0] for member in members}
-        kept = [dict(_kernels(member.config)) for member in members]
-        super().__init__(AveragedConfig(text_config=members[0].config, attn_implementation=kept[0].get(_ATTENTION)))
-        for member, kernels in zip(members, kept, strict=True):
-            for key, value in kernels.items():  # PreTrainedModel resets them in every config it holds
-                setattr(member.config, key, value)
+        configs = [member.config for member in members]
+        with kernels_kept(*configs) as kernels:
+            super().__init__(AveragedConfig(text_config=configs[0], **kernels))
         self.members = nn.ModuleList(members)
         self.size = min(sizes)  # longer embeddings are padding
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float32), persistent=False)
@@ -123,13 +117,6 @@ class AveragedModels(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         found: nn.Module = next(iter(self.members)).get_input_embeddings()  # type: ignore[operator]
         return found
-
-
-_ATTENTION = "_attn_implementation"
-
-
-def _kernels(config: Any) -> list[tuple[str, Any]]:
-    return [(k, getattr(config, k)) for k in (_ATTENTION, "_experts_implementation") if hasattr(config, k)]
 
 
 def mean_of(log_probs: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from model_fusion.architecture.wrapped import kernels_kept
 from model_fusion.checkpoint.llm import DEFAULT_LLM, LLMSource, load_llm, resolve_llm
 from model_fusion.errors import InputError
 from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, Signal, bridge_config
@@ -27,10 +28,6 @@ from model_fusion.fuse.wire import Wire, started
 
 if TYPE_CHECKING:
     from model_fusion.training.loop import History
-
-
-KERNELS = ("_attn_implementation", "_experts_implementation")
-"""What a config says of how attention and experts are computed."""
 
 
 class Fusion(nn.Module):
@@ -67,11 +64,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         *,
         reserved: Mapping[str, int] | None = None,
     ) -> None:
-        # PreTrainedModel resets these in every config it holds
-        kernels = {k: getattr(base.config, k) for k in KERNELS if hasattr(base.config, k)}
-        super().__init__(FusedConfig(text_config=base.config, attn_implementation=kernels["_attn_implementation"]))
-        for key, value in kernels.items():
-            setattr(base.config, key, value)
+        with kernels_kept(base.config) as kernels:
+            super().__init__(FusedConfig(text_config=base.config, **kernels))
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
         self.tokenizer, self.experts, self.source = tokenizer, dict(experts), source

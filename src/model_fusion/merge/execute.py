@@ -47,6 +47,7 @@ class Run:
         ahead: Ahead | None = None,
     ) -> None:
         self._work, self._writer, self._allow_nan, self._device, self._ahead = work, writer, allow_nan, device, ahead
+        self._every = work.every()
         self._bad: list[str] = []
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -78,7 +79,7 @@ class Run:
         if self._stop.is_set():
             return
         with torch.inference_mode():
-            sources = [*item.inputs, *([item.base] if item.base else [])]
+            sources = [*item.inputs, *([item.base] if item.base else []), *item.data]
             tensors = [self._checkpoint(source).read(source.tensor) for source in sources]
             hashes, finite = {}, True
             for source in sources:
@@ -107,12 +108,14 @@ class Run:
         return known or digest.hexdigest(), clean
 
     def _checkpoint(self, source: Input) -> Checkpoint:
-        return self._work.checkpoints[source.model]
+        return self._every[source.model]
 
     def _merged(self, item: Output, tensors: list[Tensor]) -> Iterator[Tensor]:
         tensors = [tensor.to(self._device) for tensor in tensors]
-        models, base = tensors[: len(item.inputs)], tensors[-1] if item.base else None
-        key = Key(self._work.recipe.seed, item.spec.name, depth=item.depth, rows=item.rows)
+        count = len(item.inputs)
+        models, base = tensors[:count], tensors[count] if item.base else None
+        data = tensors[-count:] if item.data else None
+        key = Key(self._work.recipe.seed, item.spec.name, depth=item.depth, rows=item.rows, data=data)
         method = self._work.method
         if method.equal_norms and base is not None:
             self._measure(item, models, base)

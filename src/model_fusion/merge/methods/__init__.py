@@ -3,6 +3,7 @@
 from model_fusion.merge.methods import (
     arcee_fusion,
     dare,
+    data_based,
     della,
     linear,
     model_stock,
@@ -34,6 +35,7 @@ __all__ = [
 _FAMILIES = (
     arcee_fusion,
     dare,
+    data_based,
     della,
     linear,
     model_stock,

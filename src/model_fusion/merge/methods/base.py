@@ -46,6 +46,7 @@ class Key:
     cuts: one trimming cut a model, computed over all tensors (`trim="global"`).
     depth: where the tensor's layer lies, 0 first (and before the layers), 1 last (and after them); None: unknown.
     rows: what a matrix's rows stand for: outputs (torch's Linear), inputs (GPT-2's Conv1D), or tokens.
+    data: one statistic a model, of the kind that the method needs; None where this tensor has none.
     """
 
     seed: int = 0
@@ -54,6 +55,7 @@ class Key:
     cuts: Sequence[Cut] | None = None
     depth: float | None = None
     rows: Rows = "outputs"
+    data: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Method:
         flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
     whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
     equal_norms: whether task vectors of very unequal length spoil the result, so that a merge warns of them.
+    needs_data: the kind of statistic that each model must bring, if any. It comes as `key.data`, None for a tensor that
+        has none; such a tensor is the weighted mean.
     """
 
     name: str
@@ -99,6 +103,7 @@ class Method:
     chunk: Chunk | None = None
     whole: Whole | None = None
     equal_norms: bool = False
+    needs_data: Literal["gram", "fisher"] | None = None
 
     def check(self, models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Any]) -> None:
         """Raises InputError where the number of models, the base or the shapes do not fit."""
