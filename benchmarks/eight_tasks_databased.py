@@ -19,9 +19,9 @@ from model_fusion.merge.methods import merge_state_dicts
 
 ALPHAS = [0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 1.0]
 FISHER_SAMPLES = 256
-ADA_SAMPLES, ADA_BATCH, ADA_STEPS = 256, 64, 300
-STARTS = [0.05, 0.1, 0.3]
-"""Of AdaMerging's λ. The paper's 0.3 suits image encoders; eight networks trained this far apart want less."""
+ADA_SAMPLES, ADA_BATCH = 256, 64
+STARTS, STEPS = [0.05, 0.1, 0.3], [30, 100, 300]
+"""Of AdaMerging's λ, and how far they go. Its entropy falls on long after accuracy does, so where to stop is chosen."""
 
 
 def under(head: nn.Linear) -> Callable[[nn.Module, Any], Tensor]:
@@ -75,15 +75,15 @@ regmean("regmean++ 64", 64, ALPHAS, merged=True)
 def _adamerging(setting: Setting) -> Result:
     batches = [list(x.split(ADA_BATCH)) for x in inputs(setting, ADA_SAMPLES)]
     heads = [under(head) for head in setting.heads]
-    entropies: dict[float, tuple[float, float]] = {}
+    entropies: dict[tuple[float, int], tuple[float, float]] = {}
 
-    def make(initial: float) -> State:
-        found = adamerging(
-            network(setting.base), setting.experts, batches, forward=heads, steps=ADA_STEPS, initial=initial
-        )
-        entropies[initial] = (found.entropy[0], found.entropy[-1])
+    def make(initial: float, steps: int) -> State:
+        found = adamerging(network(setting.base), setting.experts, batches, forward=heads, steps=steps, initial=initial)
+        entropies[initial, steps] = (found.entropy[0], found.entropy[-1])
         return merge_state_dicts("task_arithmetic", setting.experts, setting.base, found.parameters())
 
-    result = tuned(setting, grid(initial=STARTS), make)
-    before, after = (value / len(setting.tasks) for value in entropies[result.chosen["initial"]])
+    result = tuned(setting, grid(initial=STARTS, steps=STEPS), make)
+    before, after = (
+        value / len(setting.tasks) for value in entropies[result.chosen["initial"], result.chosen["steps"]]
+    )
     return replace(result, notes={"entropy before": before, "entropy after": after})

@@ -6,7 +6,8 @@ The experts (benchmarks/language_data/adapters) were trained on dialogue, Python
 Perplexity on held-out text of each kind; `kept` is the share of an expert's own gain over the base, in nats a token,
 that the merged model has on that expert's text. Each method's setting is chosen from its few candidates by the mean
 `kept` on the validation texts; the table is of the test texts. Bytes are those of the weights on disk. With
-`--journal`, finished rows are kept. Methods that take one or two models are left out, and named.
+`--journal`, finished rows are kept. Methods that take one or two models are left out, and named. fisher and regmean
+read 2,048 tokens of each expert's validation text.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from measure import machine
 from model_fusion.checkpoint.llm import resolve_llm
 from model_fusion.evaluate.journal import Journal
 from model_fusion.evaluate.language import perplexity
-from model_fusion.merge.methods import all_methods
+from model_fusion.merge.calibration import language
+from model_fusion.merge.methods import all_methods, get
 
 DATA = Path(__file__).parent / "language_data"
 SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -65,6 +67,13 @@ CANDIDATES: dict[str, list[Setting]] = {
     "della_linear": each((0.5, 1.0), density=0.5),
     "ram": PLAIN,
     "ramplus_tl": PLAIN,
+    "lines": scaled("beta", (0.25, 0.5, 0.75)),
+    "tsv_m": scaled("lambda_", (0.7, 1.0)),
+    "iso_c": scaled("lambda_", (0.5, 1.0), force=True),
+    "iso_cts": scaled("lambda_", (0.5, 1.0), force=True),
+    "wudi": scaled("time", (1.0, 10.0)),
+    "fisher": PLAIN,
+    "regmean": PLAIN,
 }
 ONE_OR_TWO = ("arcee_fusion", "nearswap", "nuslerp", "passthrough", "slerp")
 """Take one or two models; four experts would need a tree of merges."""
@@ -84,13 +93,25 @@ def expert(name: str) -> str:
     return f"smollm2+{DATA / 'adapters' / name}"
 
 
-def recipe(method: str, setting: Setting) -> dict[str, Any]:
+def collected(name: str, kind: Any, folder: Path) -> str:
+    """The file with the statistics of one expert's FFNs on its own validation text."""
+    file = folder / f"{name}.{kind}.safetensors"
+    if not file.is_file():
+        texts = language.Texts([str(DATA / f"{name}.validation.txt")], 128, 2048)
+        language.of_model(expert(name), texts, kind, only=["mlp"]).save(file)
+    return str(file)
+
+
+def recipe(method: str, setting: Setting, statistics: Path) -> dict[str, Any]:
+    chosen = get(method)
     models = [{"model": expert(name), "parameters": dict(setting["model"])} for name in DOMAINS]
-    base = {} if next(m for m in all_methods() if m.name == method).needs_base == "forbidden" else {"base": "smollm2"}
+    if chosen.needs_data is not None:
+        for name, entry in zip(DOMAINS, models, strict=True):
+            entry["statistics"] = collected(name, chosen.needs_data, statistics)
     return {
         "merge_method": method,
         "models": models,
-        **({"base_model": base["base"]} if base and method != "linear" else {}),
+        **({"base_model": "smollm2"} if chosen.needs_base == "required" else {}),
         "parameters": dict(setting["method"]),
         "dtype": "float32",
         "out_dtype": "bfloat16",
@@ -102,7 +123,7 @@ def loaded(folder: Path) -> Any:
 
 
 def merged(method: str, setting: Setting, folder: Path) -> Any:
-    mf.merge(recipe(method, setting), folder, overwrite=True)
+    mf.merge(recipe(method, setting, folder.parent), folder, overwrite=True)
     return loaded(folder)
 
 
@@ -151,16 +172,17 @@ class Bench:
 
         def make() -> dict[str, Any]:
             tried, cpu = [], time.process_time()
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as root:
+                folder = Path(root) / "merged"
                 for setting in candidates:
-                    model = merged(name, setting, Path(folder))
+                    model = merged(name, setting, folder)
                     found = self.kept(nats(model, self.tokenizer, self.held["validation"]), "validation")
                     tried.append((sum(found.values()) / len(found), setting))
                 best = max(tried, key=lambda one: one[0])[1]
                 if best is not candidates[-1]:
-                    model = merged(name, best, Path(folder))
+                    model = merged(name, best, folder)
                 test = nats(model, self.tokenizer, self.held["test"])
-                size = sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
+                size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
             return {
                 "setting": best, "nats": test, "kept": self.kept(test, "test"), "bytes": size,
                 "tried": tried, "cpu": time.process_time() - cpu,

@@ -2,10 +2,12 @@
 
     python benchmarks/subspace.py [--size 500M] [--models FOLDER] [--methods tsv_m iso_c] [--json FILE]
 
-The merges are whole processes on the models of `merge.py` (made, or found in --models). Memory is held against the
-bar of all merges, 400 MB + threads × (models + 2) × the largest tensor in float32, plus the workspace of one SVD of
-the largest matrix, measured in a process of its own. Errors are ‖merged − reference‖ / ‖reference‖ of one matrix's
-merged task vector, the reference with LAPACK's full float64 SVDs.
+The merges are whole processes on the models of `merge.py` (made, or found in --models). `--layers 0 4` merges these
+layers alone, with embeddings and head: the largest tensors are there, and a long measurement can be cut. Memory is held
+against the bar of all merges, 400 MB + threads × (models + 2) × the largest tensor in float32, plus the workspace of
+one SVD of the largest matrix, measured in a process of its own. Errors are ‖merged − reference‖ / ‖reference‖ of one
+matrix's merged task vector, the reference with LAPACK's full float64 SVDs; energy is the share of the best possible Σσ²
+that the kept triples hold.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="50M")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--layers", type=int, nargs=2, metavar=("FIRST", "END"), help="only these (default: all)")
     parser.add_argument("--errors", action=argparse.BooleanOptionalAction, default=True, help="measure the SVDs too")
     parser.add_argument("--models", type=Path, help="keep the models here, and use them again where they exist")
     parser.add_argument("--json", type=Path, help="write the numbers here")
@@ -50,7 +53,8 @@ def main() -> None:
         print(json.dumps(workspace_here(*options.workspace_of)))
         return
     shape = SIZES[options.size]
-    facts = {"size": options.size, "parameters": shape.numel(), "seeds": SEEDS, **machine()}
+    layers = tuple(options.layers or (0, shape.layers))
+    facts = {"size": options.size, "parameters": shape.numel(), "seeds": SEEDS, "layers": layers, **machine()}
     print(json.dumps(facts, indent=1), flush=True)
     workspace = workspace_of(matrix_of(shape))
     result: dict[str, Any] = {"facts": facts, "workspace": workspace, "merges": [], "errors": []}
@@ -60,7 +64,7 @@ def main() -> None:
             if not (folder / name).exists():
                 make(folder / name, shape, seed, None if name == "base" else SEEDS["base"])
         for method in options.methods:
-            result["merges"].append(merged(method, folder, Path(temporary), shape, workspace["bytes"]))
+            result["merges"].append(merged(method, folder, Path(temporary), shape, layers, workspace["bytes"]))
             print(json.dumps(result["merges"][-1]), flush=True)
     if options.errors:
         for tasks in TASKS:
@@ -78,12 +82,16 @@ def matrix_of(shape: Shape) -> tuple[int, int]:
     return largest[0], largest[1]
 
 
-def merged(method: str, folder: Path, out: Path, shape: Shape, workspace: int) -> dict[str, Any]:
+def merged(
+    method: str, folder: Path, out: Path, shape: Shape, layers: tuple[int, ...], workspace: int
+) -> dict[str, Any]:
     """One merge of two models: seconds and private memory beside what is allowed."""
     recipe = {
         "merge_method": method.split()[0],
         "base_model": str(folder / "base"),
-        "models": [{"model": str(folder / name)} for name in ("one", "two")],
+        "slices": [
+            {"sources": [{"model": str(folder / name), "layer_range": list(layers)} for name in ("one", "two")]}
+        ],
         "parameters": METHODS[method],
         "dtype": "bfloat16",
     }
@@ -140,6 +148,9 @@ def errors(dims: tuple[int, int], tasks: int, spectrum: str) -> list[dict[str, A
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return type(real(matrix[:1, :1]))(u[:, :count], s[:count], vh[:count])
 
+    def kept(svd: Any, how: str) -> float:
+        return float(svd(models[0], min(dims) // tasks, how).s.square().sum())
+
     generator = torch.Generator().manual_seed(tasks)
     models = []
     for _ in range(tasks):
@@ -158,7 +169,9 @@ def errors(dims: tuple[int, int], tasks: int, spectrum: str) -> list[dict[str, A
         seconds = time.process_time() - start
         want = got if name == "LAPACK float64" else want
         error = float(torch.linalg.matrix_norm(got - want) / torch.linalg.matrix_norm(want))
-        rows.append({"svd": name, "tasks": tasks, "spectrum": spectrum, "cpu": seconds, "error": error})
+        row = {"svd": name, "tasks": tasks, "spectrum": spectrum, "cpu": seconds, "error": error}
+        row["energy"] = kept(how, "randomized" if name == "randomized" else "exact") / kept(lapack, "exact")
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
     tsv.svd = real
     return rows
@@ -171,9 +184,10 @@ def table(result: dict[str, Any]) -> str:
     for row in result["merges"]:
         cells = [f"{row['cpu']:.1f}", f"{row['wall']:.1f}", f"{row['private'] / 1e6:.0f}", f"{row['bar'] / 1e6:.0f}"]
         lines.append(f"| {row['method']} | {' | '.join(cells)} | {'yes' if row['within'] else 'no'} |")
-    lines += ["", "| SVD | tasks | spectrum | CPU s a matrix | error |", "|---" * 5 + "|"]
+    lines += ["", "| SVD | tasks | spectrum | CPU s a matrix | error | energy |", "|---" * 6 + "|"]
     for row in result["errors"]:
-        lines.append(f"| {row['svd']} | {row['tasks']} | {row['spectrum']} | {row['cpu']:.1f} | {row['error']:.1e} |")
+        cells = [row["svd"], str(row["tasks"]), row["spectrum"], f"{row['cpu']:.1f}", f"{row['error']:.1e}"]
+        lines.append(f"| {' | '.join(cells)} | {row['energy']:.4f} |")
     return "\n".join(lines)
 
 

@@ -64,6 +64,9 @@ def wanted(kind: Kind, name: str) -> np.ndarray:
 def test_a_recipe_with_statistics(
     room: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    command(monkeypatch, "merge", str(recipe(room, kind)), "-o", "out", "--dry-run")
+    assert not (room / "out").exists()
+    capsys.readouterr()
     command(monkeypatch, "merge", str(recipe(room, kind)), "-o", "out")
     assert "8 of 15 tensors have statistics; the other 7 are weighted means" in capsys.readouterr().out
     for name, tensor in load_file(room / "out/model.safetensors").items():
@@ -119,6 +122,31 @@ def test_a_merge_of_merges_takes_statistics_and_verifies(room: Path) -> None:
     (room / "recipe.yml").write_text(yaml.safe_dump_all([first, last]))
     out = engine.merge(room / "recipe.yml", room / "out")
     assert "a.gram.safetensors" in verify(out, models=room).inputs
+
+
+def test_rows_that_move_with_their_tokens_have_no_statistics(room: Path) -> None:
+    """A Fisher has the order of the model's own tokens: where they are renumbered, the table is a mean."""
+    vocabulary = {f"t{i}": 15 - i for i in range(16)}
+    (room / "b/tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    path, name = recipe(room, "fisher", tokenizer_source="a"), "model.embed_tokens.weight"
+    for seed, model in enumerate("ab"):
+        whole = {**statistics(seed, "fisher"), name: torch.rand(16, 8) * 100**seed}
+        Statistics("fisher", whole, 5).save(room / f"{model}.fisher.safetensors")
+    got = load_file(engine.merge(path, room / "out") / "model.safetensors")
+    a, b = (tensors(seed)[name].float() for seed in range(2))
+    assert torch.allclose(got[name], (a + 0.5 * b.flip(0)) / 1.5, atol=1e-6)
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert np.allclose(got[layer].numpy(), wanted("fisher", layer), rtol=1e-3, atol=2e-4)
+
+
+def test_modules_take_statistics(room: Path) -> None:
+    whole = yaml.safe_load(recipe(room, "gram").read_text())
+    models = whole.pop("models")
+    (room / "recipe.yml").write_text(
+        yaml.safe_dump({**whole, "base_model": "a", "modules": {"text_decoder": {"models": models}}})
+    )
+    out = load_file(engine.merge(room / "recipe.yml", room / "out") / "model.safetensors")
+    assert all(np.allclose(t.numpy(), wanted("gram", n), rtol=1e-3, atol=2e-4) for n, t in out.items())
 
 
 def save_gpt2(folder: Path, seed: int) -> GPT2LMHeadModel:

@@ -115,6 +115,10 @@ COMMANDS = {
     "texts": (["statistics", "a", "b", "--merged", "--texts", "t.txt", "-o", "x"], "2 models and 1 texts"),
     "model": (["statistics", "nowhere", "--texts", "t.txt", "-o", "x.safetensors"], "no such folder: 'nowhere'"),
     "state dict": (["statistics", "a/model.safetensors", "--texts", "t.txt", "-o", "x.safetensors"], "bare state dict"),
+    "device": (
+        ["statistics", "smollm2", "--texts", "t.txt", "-o", "x.safetensors", "--device", "nowhere"],
+        "--device 'nowhere'",
+    ),
     "adamerge": (["adamerge", "a", "b", "--texts", "t.txt", "-o", "no/r.yml"], "no such folder: no"),
 }
 

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,11 @@ def _entry(file: Path, start: int, name: str, info: object) -> Entry:
     return Entry(name, spec.dtype, spec.shape, file, start + offsets[0], start + offsets[1])
 
 
-def build_header(specs: Sequence[TensorSpec], room: int = 0) -> tuple[bytes, list[int]]:
+def build_header(
+    specs: Sequence[TensorSpec], room: int = 0, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Header bytes (padded to 8, or to `room` bytes) and each tensor's offset in the file, in the order given."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position, relative = 0, []
     for spec in specs:
         relative.append(position)

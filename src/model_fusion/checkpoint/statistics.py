@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from model_fusion.checkpoint.formats import read_metadata
+from model_fusion.checkpoint.formats import TensorSpec, build_header, read_metadata
+from model_fusion.checkpoint.output_folder import explain
 from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.checkpoint.sources import Source, resolve
+from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.errors import InputError
 
 Kind = Literal["gram", "fisher"]
@@ -61,9 +62,15 @@ class Statistics(Mapping[str, Tensor]):
         facts: dict[str, Any] = {"kind": self.kind, "count": self.count, "inputs_first": sorted(self.inputs_first)}
         facts |= {"unseen": list(self.unseen), "about": dict(self.about)}
         partial = file.with_name(f".{file.name}.partial")
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
         try:
-            save_file({n: t.contiguous() for n, t in self.tensors.items()}, partial, {_KEY: json.dumps(facts)})
+            with partial.open("wb") as handle:
+                handle.write(build_header(specs, metadata={_KEY: json.dumps(facts)})[0])
+                for tensor in self.tensors.values():
+                    handle.write(as_bytes(tensor))
             partial.replace(file)
+        except OSError as error:
+            raise explain(error, file) from error
         finally:
             partial.unlink(missing_ok=True)
         return file

@@ -7,6 +7,7 @@ import typer
 from model_fusion.errors import InputError
 
 WINDOW = typer.Option(128, min=2, help="Tokens a sequence.")
+DEVICE = typer.Option("cpu", help="Where models run: cpu, cuda, cuda:1 …")
 TOKENS = typer.Option(16384, min=0, help="At most so many tokens of each text; 0 takes all.")
 
 
@@ -22,6 +23,7 @@ def statistics(
     seed: int = typer.Option(0, help="Of the labels that are drawn."),
     window: int = WINDOW,
     tokens: int = TOKENS,
+    device: str = DEVICE,
 ) -> None:
     """Run a model on text and write what a data-based merge needs of it."""
     from model_fusion.checkpoint.statistics import KINDS, check_file
@@ -38,7 +40,7 @@ def statistics(
         check_file(output / names[0] if output.is_dir() else output.with_name(names[0]))
         with bar("layers") as step:
             each = [language.Texts([text], window, limit) for text in texts]
-            found = language.of_merged(models, each, alpha=alpha, step=step)
+            found = language.of_merged(models, each, alpha=alpha, device=device, step=step)
         output.mkdir(exist_ok=True)
         for name, own in zip(names, found, strict=True):
             typer.echo(f"wrote {own.save(output / name)}")
@@ -54,9 +56,12 @@ def statistics(
             labels="own" if labels == "own" else "next",
             seed=seed,
             only=only,
+            device=device,
             step=step,
         )
     typer.echo(f"{len(own)} tensors, {own.count} {'inputs' if kind == 'gram' else 'samples'}")
+    if own.unseen:
+        typer.echo(f"{len(own.unseen)} layers without statistics (means, then), the first is {own.unseen[0]!r}")
     typer.echo(f"wrote {own.save(output)}")
 
 
@@ -69,6 +74,7 @@ def adamerge(
     learning_rate: float = typer.Option(1e-3, help="Of Adam, on the coefficients."),
     window: int = WINDOW,
     tokens: int = TOKENS,
+    device: str = DEVICE,
 ) -> None:
     """AdaMerging: find how much of each model to take, tensor by tensor, by the entropy of the merged one's answers."""
     import yaml
@@ -80,7 +86,9 @@ def adamerge(
         raise InputError(f"no such folder: {output.parent} (of the recipe {output.name})")
     each = [language.Texts([text], window, tokens or None) for text in texts]
     with bar("steps") as step:
-        found = language.coefficients(base, models, each, steps=steps, learning_rate=learning_rate, step=step)
+        found = language.coefficients(
+            base, models, each, steps=steps, learning_rate=learning_rate, device=device, step=step
+        )
     output.write_text(yaml.safe_dump(found.recipe(base, models), sort_keys=False), encoding="utf-8")
     typer.echo(f"entropy {found.entropy[0]:.4f} → {found.entropy[-1]:.4f} nats, summed over {len(texts)} texts")
     typer.echo(f"wrote {output}")

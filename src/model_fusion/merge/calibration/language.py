@@ -38,16 +38,16 @@ class Texts:
             raise InputError("no text: give files or folders with --texts")
         return documents(self.files)
 
-    def batches(self, read: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
-        """`input_ids` [4, window] each. Raises InputError for texts that are too short."""
-        ids = windows(read, tokenizer, self.window, self.tokens)
+    def batches(self, read: Sequence[str], model: Model) -> list[dict[str, Any]]:
+        """`input_ids` [4, window] each, where the model is. Raises InputError for texts that are too short."""
+        ids = windows(read, model.tokenizer, self.window, self.tokens).to(next(model.module.parameters()).device)
         return [{"input_ids": part, "use_cache": False} for part in torch.split(ids, _BATCH)]
 
 
 class Model:
     """A recipe's model (`base+adapter` too) as a module in float32, and its names on disk."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, device: str = "cpu") -> None:
         try:
             import transformers  # noqa: F401
         except ImportError as error:
@@ -67,6 +67,13 @@ class Model:
             self._names.setdefault(id(weights[name]), own)
         self._ids = {name: id(weight) for name, weight in weights.items()}
         self._adapt(checkpoint, weights)
+        try:
+            self.module.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"--device {device!r} cannot be used here ({reason}): leave it out, or give cpu"
+            ) from error
 
     @torch.no_grad()
     def _adapt(self, checkpoint: Checkpoint, weights: dict[str, nn.Parameter]) -> None:
@@ -102,12 +109,13 @@ def of_model(
     labels: Labels = "own",
     seed: int = 0,
     only: Sequence[str] = (),
+    device: str = "cpu",
     step: Step = lambda total: None,
 ) -> Statistics:
     """`collect_statistics` of one model on text. Raises InputError."""
     read = texts.read()
-    loaded = Model(model)
-    batches = texts.batches(read, loaded.tokenizer)
+    loaded = Model(model, device)
+    batches = texts.batches(read, loaded)
     found = collect_statistics(
         loaded.module, batches, kind, labels=labels, seed=seed, only=only, step=lambda: step(len(batches))
     )
@@ -115,14 +123,19 @@ def of_model(
 
 
 def of_merged(
-    models: Sequence[str], texts: Sequence[Texts], *, alpha: float = 0.9, step: Step = lambda total: None
+    models: Sequence[str],
+    texts: Sequence[Texts],
+    *,
+    alpha: float = 0.9,
+    device: str = "cpu",
+    step: Step = lambda total: None,
 ) -> list[Statistics]:
     """`collect_merged_statistics` of models, each on its own text. Raises InputError."""
     if len(models) != len(texts):
         raise InputError(f"{len(models)} models and {len(texts)} texts: give one --texts a model, in their order")
     read = [one.read() for one in texts]
-    loaded = [Model(model) for model in models]
-    batches = [one.batches(r, model.tokenizer) for model, one, r in zip(loaded, texts, read, strict=True)]
+    loaded = [Model(model, device) for model in models]
+    batches = [one.batches(r, model) for model, one, r in zip(loaded, texts, read, strict=True)]
     found = collect_merged_statistics([m.module for m in loaded], batches, alpha=alpha, step=step)
     return [m.named(own, one) for m, own, one in zip(loaded, found, texts, strict=True)]
 
@@ -134,12 +147,13 @@ def coefficients(
     *,
     steps: int,
     learning_rate: float,
+    device: str = "cpu",
     step: Step = lambda total: None,
 ) -> Coefficients:
     """`adamerging` of models by the entropy of their next-token predictions on each of the texts. Raises InputError."""
     read = [one.read() for one in texts]
-    start = Model(base)
-    batches = [one.batches(r, start.tokenizer) for one, r in zip(texts, read, strict=True)]
+    start = Model(base, device)
+    batches = [one.batches(r, start) for one, r in zip(texts, read, strict=True)]
     states = [Model(model).module.state_dict() for model in models]
     found = adamerging(start.module, states, batches, steps=steps, learning_rate=learning_rate, step=step)
     named = tuple({own: value for n, value in one.items() if (own := start.on_disk(n))} for one in found.weights)

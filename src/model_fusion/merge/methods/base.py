@@ -87,6 +87,7 @@ class Method:
     chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at
         flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
     whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
+    needs_whole: for methods with both: `(base, params, key)`, whether this tensor goes through `whole`.
     equal_norms: whether task vectors of very unequal length spoil the result, so that a merge warns of them.
     needs_data: the kind of statistic that each model must bring, if any. It comes as `key.data`, None for a tensor that
         has none; such a tensor is the weighted mean.
@@ -102,6 +103,7 @@ class Method:
     statistics: Statistics | None = None
     chunk: Chunk | None = None
     whole: Whole | None = None
+    needs_whole: Callable[[Tensor, Any, Key], bool] | None = None
     equal_norms: bool = False
     needs_data: Literal["gram", "fisher"] | None = None
 
@@ -173,7 +175,8 @@ class Method:
         self.check(models, base, each)
         if models[0].numel() == 0:
             return lambda out, first: None
-        if self.whole is not None:
+        uncut = self.needs_whole is None or (base is not None and self.needs_whole(base, params, known))
+        if self.whole is not None and uncut:
             wide = [m.float() for m in models]
             result = self.whole(wide, None if base is None else base.float(), each, params, known).reshape(-1)
 
@@ -204,7 +207,7 @@ def register(method: Method) -> Method:
     """Adds a method; raises ValueError where the name is taken."""
     if method.name in _METHODS:
         raise ValueError(f"method {method.name} is registered twice")
-    if (method.chunk is None) == (method.whole is None):
+    if (method.chunk is None) == (method.whole is None) and method.needs_whole is None:
         raise ValueError(f"method {method.name} needs either chunk or whole")
     _METHODS[method.name] = method
     return method

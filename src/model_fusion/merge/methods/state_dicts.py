@@ -115,7 +115,7 @@ def merge_state_dicts(
             cuts=None if model_cuts is None else [c[name] for c in model_cuts],
             depth=places[name],
             rows="inputs" if data.inputs_first(name) else rows_of(name),
-            data=data.of(name),
+            data=data.of(name, own_tensor.device),
         )
         each = each_of[name]
         with torch.no_grad():
@@ -175,9 +175,10 @@ class _Data:
         if method.needs_data is not None and not names:
             raise InputError(f"{method.name}: the statistics hold nothing; collect them again")
 
-    def of(self, name: str) -> list[Tensor] | None:
+    def of(self, name: str, device: torch.device) -> list[Tensor] | None:
         """One statistic a model, or None."""
-        return [one[name] for one in self._given] if self._given and name in self._given[0] else None
+        found = bool(self._given) and name in self._given[0]
+        return [one[name].to(device) for one in self._given] if found else None
 
     def inputs_first(self, name: str) -> bool:
         """Whether the statistics say that a weight is stored [in, out]."""

@@ -9,15 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from model_fusion.merge.methods.base import Key, Method, Sees, Whole, check_unit, register
-from model_fusion.merge.methods.linear import Weighted
+from model_fusion.merge.methods.base import Key, check_unit
 from model_fusion.merge.methods.subspace.matrices import (
-    Combine,
+    Check,
     SubspaceParams,
     Svd,
-    is_matrix,
-    of_matrices,
-    one_thread,
+    subspace_method,
     svd,
     whiten,
 )
@@ -77,31 +74,15 @@ def _iso_cts(tasks: list[Tensor], params: SubspaceParams, key: Key) -> Tensor:
     return whiten(torch.cat([p.u for p in parts], dim=1), middle, torch.cat([p.vh for p in parts]))
 
 
-def _guarded(method: str, combine: Combine) -> Whole:
-    """The method, refused on task vectors of a LoRA's rank."""
-    merge = of_matrices(combine)
+def _not_low_rank(method: str) -> Check:
+    """Refuses task vectors of a LoRA's rank."""
 
-    def run(
-        models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Weighted], params: IsoParams, key: Key
-    ) -> Tensor:
-        assert base is not None
-        if is_matrix(base, params, key) and not params.force:
-            with one_thread():
-                check_rank(method, models, base, key.name)
-        return merge(models, base, model_params, params, key)
+    def check(models: Sequence[Tensor], base: Tensor, params: IsoParams, key: Key) -> None:
+        if not params.force:
+            check_rank(method, models, base, key.name)
 
-    return run
+    return check
 
 
-for _name, _params, _combine in (("iso_c", IsoParams, _iso_c), ("iso_cts", IsoCtsParams, _iso_cts)):
-    register(
-        Method(
-            _name,
-            Sees.WHOLE_TENSOR,
-            _params,
-            Weighted,
-            "required",
-            whole=_guarded(_name, _combine),
-            equal_norms=True,
-        )
-    )
+subspace_method("iso_c", IsoParams, _iso_c, _not_low_rank("iso_c"))
+subspace_method("iso_cts", IsoCtsParams, _iso_cts, _not_low_rank("iso_cts"))

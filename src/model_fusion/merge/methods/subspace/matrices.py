@@ -1,22 +1,25 @@
 """What the subspace methods share: which tensors are matrices, their SVD in float64, and the base that is added back.
 
-The SVD goes through the eigenvectors of the Gram matrix of the shorter side (A Aᵀ = U S² Uᵀ), in float64: for the
-wide matrices of language models about half the work of an SVD and of its memory. Singular values lose precision
-below 1e-8 of the largest, far under what float32 weights hold.
+The SVD goes through the eigenvectors of the Gram matrix of the shorter side (A Aᵀ = U S² Uᵀ), in float64: it takes
+less time than LAPACK's SVD, and what it loses are singular values below 1e-8 of the largest, far under what float32
+weights hold. `benchmarks/subspace.py` measures both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
-from model_fusion.merge.methods.base import Key, Whole
+from model_fusion.merge.methods.base import Key, Method, Sees, register
+from model_fusion.merge.methods.blocks import delta
 from model_fusion.merge.methods.linear import Weighted
+from model_fusion.merge.methods.task_arithmetic import add_weighted
 from model_fusion.merge.spectrum import leading, whole
 
 TOLERANCE = 1e-6
@@ -107,6 +110,8 @@ def _inverse_root(gram: Tensor) -> Tensor:
 
 Combine = Callable[[list[Tensor], SubspaceParams, Key], Tensor]
 """Task vectors of one matrix, float64 [out, in], to the merged one."""
+Check = Callable[[Sequence[Tensor], Tensor, Any, Key], None]
+"""What may refuse a matrix: models, base, params, key."""
 
 
 def is_matrix(base: Tensor, params: SubspaceParams, key: Key) -> bool:
@@ -114,10 +119,11 @@ def is_matrix(base: Tensor, params: SubspaceParams, key: Key) -> bool:
     return base.dim() == 2 and (key.rows != "tokens" or params.embeddings)
 
 
-def of_matrices(combine: Combine) -> Whole:
-    """The method of whole tensors that applies `combine` to matrices, and `rest` to everything else."""
+def subspace_method(name: str, kind: type, combine: Combine, check: Check | None = None) -> Method:
+    """Registers the method that applies `combine` to matrices and `rest` to everything else; `check` sees a matrix's
+    float32 models and base before it is merged."""
 
-    def run(
+    def whole(
         models: Sequence[Tensor],
         base: Tensor | None,
         model_params: Sequence[Weighted],
@@ -125,27 +131,36 @@ def of_matrices(combine: Combine) -> Whole:
         key: Key,
     ) -> Tensor:
         assert base is not None
-        weights = [p.weight for p in model_params]
-        if not is_matrix(base, params, key):
-            share = params.lambda_ / (len(models) if params.rest == "mean" else 1)
-            out = base.clone()
-            for model, weight in zip(models, weights, strict=True):
-                out += (model - base).mul_(weight * share)
-            return out
-        tasks = [(m.double() - base).mul_(w) for m, w in zip(models, weights, strict=True)]
+        tasks = [(m.double() - base).mul_(p.weight) for m, p in zip(models, model_params, strict=True)]
         if not all(bool(torch.isfinite(task).all()) for task in tasks):
-            raise InputError(
-                f"{key.name!r} holds NaN or Inf and has no singular vectors: mend it, or use task_arithmetic"
-            )
+            raise InputError(f"{name}: {key.name!r} holds NaN or Inf and has no singular vectors: mend it first")
         if key.rows == "inputs":
             tasks = [task.T for task in tasks]
         with one_thread():
+            if check is not None:
+                check(models, base, params, key)
             merged = combine(tasks, params, key) if any(bool(task.any()) for task in tasks) else tasks[0]
         if key.rows == "inputs":
             merged = merged.T
         return (base + merged * params.lambda_).float()
 
-    return run
+    def chunk(
+        models: Sequence[Tensor],
+        base: Tensor | None,
+        model_params: Sequence[Weighted],
+        params: SubspaceParams,
+        key: Key,
+        state: object,
+        start: int,
+    ) -> Tensor:
+        assert base is not None
+        wide = base.float()
+        deltas = [delta(m, wide) for m in models]
+        share = params.lambda_ / (len(models) if params.rest == "mean" else 1)
+        return add_weighted(deltas, [p.weight for p in model_params], wide, share, False, name)
+
+    made = Method(name, Sees.WHOLE_TENSOR, kind, Weighted, "required", chunk=chunk, whole=whole)
+    return register(replace(made, needs_whole=is_matrix, equal_norms=True))
 
 
 @contextmanager

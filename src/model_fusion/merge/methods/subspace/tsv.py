@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
-from model_fusion.merge.methods.base import Key, Method, Sees, register
-from model_fusion.merge.methods.linear import Weighted
-from model_fusion.merge.methods.subspace.matrices import SVDS, SubspaceParams, check_choice, of_matrices, svd, whiten
+from model_fusion.merge.methods.base import Key
+from model_fusion.merge.methods.subspace.matrices import (
+    SVDS,
+    SubspaceParams,
+    check_choice,
+    subspace_method,
+    svd,
+    whiten,
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,4 @@ def _tsv(tasks: list[Tensor], params: SubspaceParams, key: Key) -> Tensor:
     )
 
 
-register(
-    Method(
-        "tsv_m",
-        Sees.WHOLE_TENSOR,
-        TsvParams,
-        Weighted,
-        "required",
-        whole=of_matrices(_tsv),
-        equal_norms=True,
-    )
-)
+subspace_method("tsv_m", TsvParams, _tsv)

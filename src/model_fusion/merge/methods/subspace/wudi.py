@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
-from model_fusion.merge.methods.base import Key, Method, Sees, check_unit, register
-from model_fusion.merge.methods.linear import Weighted
-from model_fusion.merge.methods.subspace.matrices import SubspaceParams, of_matrices, svd
+from model_fusion.merge.methods.base import Key, check_unit
+from model_fusion.merge.methods.subspace.matrices import SubspaceParams, subspace_method, svd
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,4 @@ def _wudi(tasks: list[Tensor], params: SubspaceParams, key: Key) -> Tensor:
     return total + (pulled * (passed / energy) - (total @ v) * passed) @ found.vh
 
 
-register(
-    Method("wudi", Sees.WHOLE_TENSOR, WudiParams, Weighted, "required", whole=of_matrices(_wudi), equal_norms=True)
-)
+subspace_method("wudi", WudiParams, _wudi)
