@@ -10,6 +10,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
+    import model_fusion.search as search
     from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
     from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from model_fusion.dynamic.parts import exclusive
     from model_fusion.dynamic.twin import TwinModel
     from model_fusion.evaluate.audit import audit
+    from model_fusion.evaluate.safety.audit import audit as audit_safety
+    from model_fusion.evaluate.safety.repair import repair as repair_safety
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
     from model_fusion.fuse.experts import Expert, Field, InputSchema
@@ -36,6 +39,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
+_RENAMED = {
+    "audit_safety": ("model_fusion.evaluate.safety.audit", "audit"),
+    "repair_safety": ("model_fusion.evaluate.safety.repair", "repair"),
+}
 _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
@@ -61,10 +68,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("fuse", "merge", "mix"):  # the verb and the package share a name: the package is callable
+    if name in ("fuse", "merge", "mix", "search"):  # the verb and the package share a name: the package is callable
         return importlib.import_module(f"model_fusion.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _RENAMED:
+        home, own = _RENAMED[name]
+        return getattr(importlib.import_module(home), own)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -95,6 +105,7 @@ __all__ = [
     "TwinModel",
     "adamerging",
     "audit",
+    "audit_safety",
     "collect_merged_statistics",
     "collect_statistics",
     "consensus",
@@ -106,6 +117,8 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "mix",
+    "repair_safety",
+    "search",
     "tall",
     "twin",
     "verify",

@@ -278,6 +278,22 @@ def nearswap(models, base, each, params, masks):
     return base + delta * share
 
 
+def safemerge(models, base, each, params, masks):
+    child, safe = models[:2]
+    aligned, unaligned = (*models[2:], safe, base)[:2] if len(models) != 3 else (models[2], base)
+    change, vector = child - base, aligned - unaligned
+    columns = vector.reshape(vector.shape[0], -1)
+    size = np.sqrt((vector**2).sum())
+    projection = columns @ columns.T / (size or 1.0)
+    moved = projection @ change.reshape(columns.shape)
+    both = np.sqrt((moved**2).sum() * (change**2).sum())
+    cos = (moved.ravel() @ change.ravel()) / both if both else 0.0
+    if cos >= params.get("threshold", 0.35):
+        return child
+    weight = params.get("safe_weight", 0.2)
+    return child + weight * vector if params.get("add") else (1 - weight) * child + weight * safe
+
+
 def ram(models, base, each, params, masks, stretch=None):
     deltas = [m - base for m in models]
     changed = [np.abs(d) > params.get("epsilon", 1e-5) for d in deltas]

@@ -19,6 +19,7 @@ from model_fusion.merge.methods import (
     data_based,
     merge_state_dicts,
     model_stock,
+    safemerge,
     sce,
     selection,
     slerp,
@@ -126,6 +127,11 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
         forget("alpha", 0.5),
         forget("ridge", 0.1),
         change(data_based, "shrunk", lambda real, gram, alpha: gram.double()),
+    ],
+    "safemerge": [
+        change(safemerge, "cosine", lambda real, *a: real(*a) + 0.1),
+        forget("safe_weight", 0.25),
+        forget("threshold", 0.9),
     ],
     "ram": [forget("epsilon", 0.1)],
     "tsv_m": [

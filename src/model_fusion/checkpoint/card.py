@@ -34,7 +34,8 @@ def build(lineage: bytes) -> bytes:
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip() + "\n---",
         f"# {title}",
         f"Made from {_listed(names)} by `{method}` with model-fusion {record['versions']['model_fusion']}. "
-        "The tool measured nothing about what this model can do.",
+        + ("Beyond what the notes under Method say, the tool" if record["notes"] else "The tool")
+        + " measured nothing about what this model can do.",
         "## Parents\n\n" + _table(("model", "revision", "licence", "SHA-256 of the tensors read"), _rows(record)),
         sentence,
         "## Method\n\n" + _parameters(record),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 
 from model_fusion.cli.audit import audit
@@ -18,10 +18,15 @@ from model_fusion.cli.inspect import inspect
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
 from model_fusion.cli.mix import app as mix
+from model_fusion.cli.safety import safety
+from model_fusion.cli.search import search
 from model_fusion.cli.stack import stack
 from model_fusion.cli.statistics import adamerge, statistics
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
+
+# newer versions of typer carry a click of their own, whose exceptions are not those of the package click
+_WRONG_USE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="model-fusion",
@@ -43,6 +48,8 @@ app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("ensemble")(ensemble)
+app.command("safety")(safety)
+app.command("search")(search)
 app.command("stack")(stack)
 app.command("verify")(verify)
 app.command("inspect")(inspect)
@@ -56,17 +63,20 @@ app.add_typer(dynamic, name="dynamic")
 def main() -> None:
     """Run the command line. What the user can mend is one line on standard error and exit code 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # 130 where typer itself caught Ctrl-C
     except ModelFusionError as error:
         _fail(error)
     except OSError as error:
         _fail(error)
-    except click.ClickException as error:
+    except _WRONG_USE as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
 def _fail(error: Exception) -> None:

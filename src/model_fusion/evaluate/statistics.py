@@ -1,4 +1,5 @@
-"""Means over seeds with 95 % intervals (Student's t), and paired differences. Knows nothing of what was measured."""
+"""Means over seeds with 95 % intervals (Student's t), rates (Wilson), paired differences and tests. Knows nothing of
+what was measured."""
 
 from __future__ import annotations
 
@@ -85,3 +86,37 @@ def student_t_quantile(p: float, freedom: int) -> float:
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (middle, high) if student_t_cdf(middle, freedom) < p else (low, middle)
     return high
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of `n` did it, and the share with its interval."""
+
+    count: int
+    n: int
+    rate: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def wilson(count: int, n: int, z: float = 1.959963984540054) -> Rate:
+    """The share count / n with Wilson's score interval (Wilson 1927), which stays in [0, 1] and is honest at its ends.
+    Raises InputError for counts that are none."""
+    if n < 1 or not 0 <= count <= n:
+        raise InputError(f"{count} of {n}: a share needs 0 <= count <= n and n > 0")
+    share, slack = count / n, z * z / n
+    centre = (share + slack / 2) / (1 + slack)
+    half = z / (1 + slack) * math.sqrt(share * (1 - share) / n + slack / (4 * n))
+    low, high = (0.0 if count == 0 else centre - half), (1.0 if count == n else centre + half)
+    return Rate(count, n, share, low, high)
+
+
+def sign_test(first: int, second: int) -> float:
+    """Two-sided p of pairs that differ, `first` one way and `second` the other, if both ways were equally likely
+    (the exact form of McNemar's test)."""
+    n, k = first + second, min(first, second)
+    tail: int = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * tail / 2.0**n)

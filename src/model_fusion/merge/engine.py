@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from model_fusion.checkpoint.writer import CheckpointWriter
 from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
 from model_fusion.merge.execute import Run, check_device
+from model_fusion.merge.in_memory import Held, hold
 from model_fusion.merge.methods import get
 from model_fusion.merge.plan import MergePlan, Method
 from model_fusion.merge.prepare import prepare
@@ -39,6 +40,14 @@ class _Choices:
     folder: Path | None
     trust_remote_code: bool
     fill_missing: str | None
+    opened: dict[str, Checkpoint] | None = None
+
+    def open(self, name: str) -> Checkpoint:
+        if self.opened is None:
+            return open_checkpoint(resolve(name, self.folder))
+        if name not in self.opened:
+            self.opened[name] = open_checkpoint(resolve(name, self.folder))
+        return self.opened[name]
 
 
 def plan(
@@ -47,11 +56,14 @@ def plan(
     trust_remote_code: bool = False,
     fill_missing: str | None = None,
     method: Method | None = None,
+    relative_to: Path | None = None,
+    opened: dict[str, Checkpoint] | None = None,
 ) -> MergePlan:
-    """Resolve and check everything; writes nothing. `method` replaces the registry's entry."""
-    folder = recipe.parent if isinstance(recipe, Path) else None
+    """Resolve and check everything; writes nothing. `method` replaces the registry's entry; `relative_to` is where the
+    paths of a parsed recipe start; `opened` keeps the models open for a later call."""
+    folder = recipe.parent if isinstance(recipe, Path) else relative_to
     parsed = load(recipe) if isinstance(recipe, Path) else recipe
-    choices = _Choices(folder, trust_remote_code, fill_missing)
+    choices = _Choices(folder, trust_remote_code, fill_missing, opened)
     stages: dict[str, MergePlan] = {}
     named: dict[str, Checkpoint] = {}
     for name in parsed.order():
@@ -68,7 +80,7 @@ def _plan(
         method = get(recipe.merge_method)
     planning.check_parameters(recipe, method)
     names = recipe.model_names()
-    checkpoints = {name: named.get(name) or open_checkpoint(resolve(name, choices.folder)) for name in names}
+    checkpoints = {name: named.get(name) or choices.open(name) for name in names}
     data = {text: open_statistics(text, choices.folder) for text in recipe.statistics()}
     spec = recipe.tokenizer_spec()
     other = None
@@ -91,6 +103,27 @@ class _Flags:
     device: str
     command: str
     ahead: Ahead | None
+    notes: Sequence[str]
+    files: Mapping[str, bytes]
+
+
+def merge_in_memory(
+    recipe: MergeRecipe,
+    relative_to: Path | None,
+    opened: dict[str, Checkpoint],
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    fill_missing: str | None = None,
+) -> Held:
+    """Merge and write nothing. `opened` keeps the models open from one call to the next. Raises `InputError`."""
+    choices = _Choices(relative_to, trust_remote_code, fill_missing, opened)
+    named: dict[str, Checkpoint] = {}
+    count = threads or torch.get_num_threads()
+    for name in recipe.order():
+        named[name] = hold(name, _plan(recipe.merges[name], choices, named), count, device)
+    return hold("merged", _plan(recipe, choices, named), count, device)
 
 
 def merge(
@@ -107,13 +140,17 @@ def merge(
     fill_missing: str | None = None,
     method: Method | None = None,
     ahead: Ahead | None = None,
+    relative_to: Path | None = None,
+    notes: Sequence[str] = (),
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Merge as the recipe says and put an ordinary checkpoint at `output`; returns that folder.
 
     `threads` 0 means one per core; the bytes written do not depend on them. `device` is where tensors are combined.
     `fill_missing`: the model (or `base`) that gives the tensors which another lacks. Raises `InputError` (nothing is
     left behind) or `KeyboardInterrupt` (a hidden partial folder stays for `resume`). `ahead` may hold hashes of inputs
-    that were taken while this module was imported.
+    that were taken while this module was imported. `relative_to`: where the paths of a parsed recipe start. `notes`
+    and `files` (name → content) join the lineage and the folder.
     """
     if shard_size < 1 or threads < 0:
         raise InputError(f"shard size {shard_size} and threads {threads}: give positive numbers")
@@ -123,19 +160,29 @@ def merge(
     command += f" --fill-missing {fill_missing}" if fill_missing else ""
     command += " --trust-remote-code" if trust_remote_code else ""
     command += " --allow-nan" if allow_nan else ""
-    flags = _Flags(resume, threads or torch.get_num_threads(), shard_size, allow_nan, device, command, ahead)
-    work = plan(recipe, trust_remote_code=trust_remote_code, fill_missing=fill_missing, method=method)
+    flags = _Flags(
+        resume, threads or torch.get_num_threads(), shard_size, allow_nan, device, command, ahead, notes, files or {}
+    )
+    folder = recipe.parent if isinstance(recipe, Path) else relative_to
+    work = plan(
+        recipe,
+        trust_remote_code=trust_remote_code,
+        fill_missing=fill_missing,
+        method=method,
+        relative_to=folder,
+    )
     check_target(output, inputs(work), overwrite=overwrite)
     if not work.stages:
         _write(work, output, flags, {})
         return output
-    choices = _Choices(recipe.parent if isinstance(recipe, Path) else None, trust_remote_code, fill_missing)
+    choices = _Choices(folder, trust_remote_code, fill_missing)
     made: dict[str, Made] = {}
+    inner = replace(flags, notes=(), files={})
     with Stages(output, resume=resume) as place:
         for number, name in enumerate(work.stages):
             # planned again: what was a promise is now a folder
             stage = _plan(work.recipe.merges[name], choices, _checkpoints(made))
-            whole = place.made(name, number, _key(stage), partial(_write, stage, flags=flags, made=dict(made)))
+            whole = place.made(name, number, _key(stage), partial(_write, stage, flags=inner, made=dict(made)))
             made[name] = Made(whole, parents(stage.every(), made))
         _write(_plan(work.recipe, choices, _checkpoints(made), method), output, flags, made)
     return output
@@ -163,7 +210,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
         run.all(order, flags.threads)
         for text in run.warnings():
             warnings.warn(f"{work.method.name}: {text}", stacklevel=2)
-        files = _files(work)
+        files = {**_files(work), **flags.files}
         files[lineage.NAME] = lineage.build(
             "merge",
             work.method.name,
@@ -176,7 +223,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
             command=flags.command,
             defaults=planning.defaults(work.method),
             seed=work.recipe.seed,
-            notes=work.notes(),
+            notes=[*work.notes(), *flags.notes],
         )
         files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)
@@ -190,10 +237,17 @@ def _files(work: MergePlan) -> dict[str, bytes]:
 
 
 def _key(work: MergePlan) -> str:
-    """Identity of recipe and inputs: small files by content, large ones by size, time, inode, start."""
+    """Identity of recipe and inputs."""
     digest = hashlib.sha256(work.recipe.model_dump_json().encode())
     digest.update(repr([(item.inputs, item.base, item.data) for item in work.outputs]).encode())
-    for name, checkpoint in work.every().items():
+    digest.update(fingerprint(work.every()).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(checkpoints: Mapping[str, Checkpoint]) -> str:
+    """Identity of models on disk: small files by content, large ones by size, time, inode, start."""
+    digest = hashlib.sha256()
+    for name, checkpoint in checkpoints.items():
         digest.update(name.encode())
         places = checkpoint.source.places
         for file in [p for place in places for p in ([place] if place.is_file() else sorted(place.iterdir()))]:

@@ -28,7 +28,7 @@ _PART = 1 << 20
 
 
 class Sink(Protocol):
-    """Where merged tensors go: a writer, or a dry run's waste bin."""
+    """Where merged tensors go: a writer, memory, or a dry run's waste bin."""
 
     @property
     def done(self) -> Mapping[str, str]: ...
@@ -45,7 +45,10 @@ class Run:
         allow_nan: bool,
         device: str = "cpu",
         ahead: Ahead | None = None,
+        hashed: bool = True,
     ) -> None:
+        """`hashed` False leaves the inputs' hashes out, for a merge of which no lineage is kept."""
+        self._hashed = hashed
         self._work, self._writer, self._allow_nan, self._device, self._ahead = work, writer, allow_nan, device, ahead
         self._every = work.every()
         self._bad: list[str] = []
@@ -102,7 +105,7 @@ class Run:
             known = self._ahead.digest(place.file, place.begin, place.end)
         digest, clean = hashlib.sha256(), True
         for part in torch.split(tensor.contiguous().reshape(-1), _PART):
-            if known is None:
+            if known is None and self._hashed:
                 digest.update(as_bytes(part))
             clean = clean and finite(part)
         return known or digest.hexdigest(), clean
