@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import model_fusion as mf
+from language_bench_twin import measure as measure_twin
 from language_texts import DOMAINS
 from measure import machine
 from model_fusion.checkpoint.llm import resolve_llm
@@ -190,10 +191,22 @@ class Bench:
 
         return self.cell(f"method/{name}", make)
 
+    def twin(self) -> dict[str, Any]:
+        """Twin-Merging: see `language_bench_twin.py`."""
+
+        def make() -> dict[str, Any]:
+            experts = {name: expert(name) for name in DOMAINS}
+            read = {name: DATA / f"{name}.validation.txt" for name in DOMAINS}
+            with tempfile.TemporaryDirectory() as root:
+                found = measure_twin(experts, read, self.held["test"], Path(root) / "twin")
+            return {**found, "kept": self.kept(found["nats"], "test")}
+
+        return self.cell("method/twin", make)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(CANDIDATES))
+    parser.add_argument("--methods", default=",".join((*CANDIDATES, "twin")))
     parser.add_argument("--characters", type=int, default=12_000, help="of each test text; a third of it to choose on")
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--json", type=Path)
@@ -209,11 +222,11 @@ def main() -> None:
         own = bench.own(name)["test"]
         table.add_row(f"expert {name}", *(f"{math.exp(own[d]):.2f}" for d in DOMAINS), "", "1.5", "")
     for name in a.methods.split(","):
-        row = bench.method(name, CANDIDATES[name])
+        row = bench.twin() if name == "twin" else bench.method(name, CANDIDATES[name])
         shown = [f"{math.exp(row['nats'][d]):.2f} ({row['kept'][d]:.2f})" for d in DOMAINS]
         mean = sum(row["kept"].values()) / len(DOMAINS)
         table.add_row(name, *shown, f"{mean:.2f}", f"{row['bytes'] / 1e6:.0f}", json.dumps(row["setting"]))
-        print(name, f"{mean:.3f}", row["setting"], f"{row['cpu']:.0f} s", flush=True)
+        print(name, f"{mean:.3f}", row["setting"], f"{row['cpu']:.0f} s", row.get("router", ""), flush=True)
     console.print(table)
     print("left out, since they take one or two models:", ", ".join(ONE_OR_TWO))
     about = machine() | {"torch": torch.__version__, "characters": a.characters, "seeds": "one training of each expert"}
