@@ -6,8 +6,8 @@ The experts (benchmarks/language_data/adapters) were trained on dialogue, Python
 Perplexity on held-out text of each kind; `kept` is the share of an expert's own gain over the base, in nats a token,
 that the merged model has on that expert's text. Each method's setting is chosen from its few candidates by the mean
 `kept` on the validation texts; the table is of the test texts. Bytes are those of the weights on disk. With
-`--journal`, finished rows are kept. Methods that take one or two models are left out, and named. fisher and regmean
-read 2,048 tokens of each expert's validation text.
+`--journal`, finished rows are kept. Methods that take one or two models, or an aligned one, are left out, and named.
+fisher and regmean read 2,048 tokens of each expert's validation text, the router of twin reads all of it.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ CANDIDATES: dict[str, list[Setting]] = {
     "fisher": PLAIN,
     "regmean": PLAIN,
 }
-ONE_OR_TWO = ("arcee_fusion", "nearswap", "nuslerp", "passthrough", "slerp")
-"""Take one or two models; four experts would need a tree of merges."""
+ONE_OR_TWO = ("arcee_fusion", "nearswap", "nuslerp", "passthrough", "safemerge", "slerp")
+"""Take one or two models, four experts would need a tree of merges; or, safemerge, repair one fine-tune."""
 
 
 def texts(side: str, characters: int) -> dict[str, str]:
@@ -228,7 +228,7 @@ def main() -> None:
         table.add_row(name, *shown, f"{mean:.2f}", f"{row['bytes'] / 1e6:.0f}", json.dumps(row["setting"]))
         print(name, f"{mean:.3f}", row["setting"], f"{row['cpu']:.0f} s", row.get("router", ""), flush=True)
     console.print(table)
-    print("left out, since they take one or two models:", ", ".join(ONE_OR_TWO))
+    print("left out, since they take one or two models, or need an aligned one:", ", ".join(ONE_OR_TWO))
     about = machine() | {"torch": torch.__version__, "characters": a.characters, "seeds": "one training of each expert"}
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     if a.json:
