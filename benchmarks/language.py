@@ -1,7 +1,7 @@
 """Does the LLM keep its language? A Blackjack fusion, then five questions.
 
     python benchmarks/language.py [--bridges prefix,gated,lora] [--parts identical,perplexity,kl,speed,paraphrase]
-                                  [--keep-language 0] [--phrasings 1] [--quick] [--seed 0]
+                                  [--keep-language 0] [--phrasings 1] [--steps N] [--quick] [--seed 0]
                                   [--journal FILE] [--json FILE]
 
 identical: logits without an expert, frozen base, are the plain LLM's bit for bit. perplexity: 100 kB of ordinary text
@@ -85,6 +85,7 @@ def trained(task: Task, bridge: str, a: argparse.Namespace) -> FusedModel:
         seed=a.seed,
         keep_language=a.keep_language,
         progress=False,
+        **({"steps": a.steps} if a.steps else {}),
     )
     cpu = time.process_time() - cpu
     print(f"{bridge}: {len(history.losses)} steps, {cpu:.1f} s of CPU, {history.stopped}", flush=True)
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--keep-language", type=float, default=0.0)
     parser.add_argument("--phrasings", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=0, help="of training; the bridge's own number where not given")
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
@@ -184,7 +186,7 @@ def main() -> None:
     for part in parts:
         if part not in PARTS:
             parser.error(f"unknown part {part!r}: one of {', '.join(PARTS)}")
-    setting = {k: getattr(a, k) for k in ("keep_language", "phrasings", "base", "seed", "quick")}
+    setting = {k: getattr(a, k) for k in ("keep_language", "phrasings", "steps", "base", "seed", "quick")}
     journal = Journal(a.journal, json.dumps(setting), resume=True) if a.journal else None
     cells: dict[str, Any] = journal.cells if journal else {}
     console = Console(width=140)

@@ -29,9 +29,9 @@ from model_fusion.mix.build import build
 from model_fusion.mix.calibrate import tokenizer_of
 from model_fusion.mix.domains import Domains, gather, prepare
 from model_fusion.mix.load import load_mixed
-from model_fusion.mix.texts import split, windows
 from model_fusion.mix.train import RouterSettings, next_token_loss, train_router
 from model_fusion.mix.verdict import judge
+from model_fusion.training.texts import split, windows
 
 WINDOW, BATCH = 128, 15
 PROMPTS = 8

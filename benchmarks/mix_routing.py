@@ -23,7 +23,7 @@ from model_fusion.checkpoint.llm import resolve_llm
 from model_fusion.mix.build import plan
 from model_fusion.mix.calibrate import calibrate, tokenizer_of, trunk_model
 from model_fusion.mix.statistics import router_inputs
-from model_fusion.mix.texts import split, windows
+from model_fusion.training.texts import split, windows
 
 GATES = ("ridge", "mean", "hidden", "hidden_avg")
 WINDOW = 256

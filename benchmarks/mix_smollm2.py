@@ -1,8 +1,9 @@
 """SmolLM2-135M with three FFN-LoRA experts: how long the build takes, and the verdict on the mixture.
 
-python benchmarks/mix_smollm2.py --json out.json [--steps 15]
+python benchmarks/mix_smollm2.py --json out.json [--experts dialogue,code,prose] [--judged 1024]
 
-Each expert is a rank-16 LoRA on the FFNs, tuned for a few steps on one domain (Python code, C++ headers, docs).
+The experts are the committed adapters of the language bench (rank 4 on the FFNs, 100 steps each; see
+language_experts.py). Gates are calibrated and judged on text that no expert was trained on, by document.
 """
 
 from __future__ import annotations
@@ -14,63 +15,43 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from language_texts import DOMAINS
 from measure import machine
-from mix_routing import domain_texts
 from model_fusion.checkpoint.llm import resolve_llm
 from model_fusion.mix.build import build
-from model_fusion.mix.calibrate import tokenizer_of
-from model_fusion.mix.texts import split, windows
 from model_fusion.mix.verdict import evaluate
 
+DATA = Path(__file__).parent / "language_data"
+DOCUMENT = 3000
 WINDOW = 128
 
 
-def tune(model: str, ids: torch.Tensor, folder: Path, steps: int, seed: int) -> list[float]:
-    """A LoRA on gate, up and down of every layer, trained on random windows; its losses."""
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    settings = LoraConfig(r=16, lora_alpha=32, target_modules=["gate_proj", "up_proj", "down_proj"])
-    adapted: Any = get_peft_model(base, settings)
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=2e-3), []
-    for _ in range(steps):
-        batch = ids[torch.randint(len(ids), (2,))]
-        logits = adapted(input_ids=batch, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    adapted.save_pretrained(folder)
-    return losses
+def documents(domain: str) -> list[str]:
+    """The committed held-out texts of a domain in pieces of DOCUMENT characters."""
+    whole = [(DATA / f"{domain}.{side}.txt").read_text(encoding="utf-8") for side in ("validation", "test")]
+    return [text[i : i + DOCUMENT] for text in whole for i in range(0, len(text) - DOCUMENT // 2, DOCUMENT)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--judged", type=int, default=512, help="judged tokens a domain")
+    parser.add_argument("--experts", default=",".join(DOMAINS[:3]))
+    parser.add_argument("--judged", type=int, default=1024, help="judged tokens a domain")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    model, report = resolve_llm("smollm2").path, {"machine": machine(), "steps": args.steps, "losses": {}}
+    names, report = args.experts.split(","), dict[str, Any](machine=machine(), judged=args.judged)
+    resolve_llm("smollm2")  # unpacked once, before the clock runs
     with tempfile.TemporaryDirectory() as temporary:
-        root, entries, tokenizer = Path(temporary), [], tokenizer_of(Path(model))
-        for seed, (name, documents) in enumerate(domain_texts().items()):
+        root, entries = Path(temporary), []
+        for name in names:
             (root / "texts" / name).mkdir(parents=True)
-            for i, text in enumerate(documents):
+            for i, text in enumerate(documents(name)):
                 (root / "texts" / name / f"{i:03}.txt").write_text(text, encoding="utf-8")
-            ids = windows(split(documents)[0], tokenizer, WINDOW, 20_000)
-            report["losses"][name] = tune(model, ids, root / name, args.steps, seed)
-            texts = [str(root / "texts" / name)]
-            entries.append({"model": f"{model}+{root / name}", "name": name, "texts": texts})
-        recipe = {"base_model": model, "experts": entries, "calibration_tokens": 1024}
+            model = f"smollm2+{DATA / 'adapters' / name}"
+            entries.append({"model": model, "name": name, "texts": [str(root / "texts" / name)]})
+        recipe = {"base_model": "smollm2", "experts": entries, "calibration_tokens": 1024}
         for gate in ("random", "ridge"):
             began, cpu = time.perf_counter(), time.process_time()
             out = build({**recipe, "gate": gate}, root / gate).folder

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from model_fusion.evaluate.blackjack import evaluate, optimal_policy, states
 from model_fusion.evaluate.tasks.blackjack import blackjack_task, decisions
-from model_fusion.fuse.bridges import Gated, Logit, Lora, Prefix, Tool
+from model_fusion.fuse.bridges import bridge_config
 from model_fusion.fuse.model import FusedModel
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="smollm2", help="embedded name, hub id, local folder or GGUF file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bridges", default="tool,logit,gated,prefix,lora")
     arguments = parser.parse_args()
     console = Console()
 
@@ -36,7 +37,7 @@ def main() -> None:
     table.add_row("the CNN alone", "1.000", f"{evaluate(expert).expected_return:.4f}", "")
     table.add_row("always stick", "", f"{evaluate(dict.fromkeys(states(), 0)).expected_return:.4f}", "")
     asked, unseen = task.questions(), [example.inputs["table"] for example in task.test]
-    for bridge in (Tool(), Logit(), Gated(), Prefix(), Lora()):
+    for bridge in map(bridge_config, arguments.bridges.split(",")):
         fused = FusedModel.build(arguments.base, experts={"table": task.expert}, bridge=bridge, seed=arguments.seed)
         start = time.perf_counter()
         if fused.bridge.trainable:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model_fusion.checkpoint.statistics import Kind, Statistics
+
 LAYERS, WIDTH, VOCABULARY = 4, 8, 16
 
 
@@ -36,6 +38,22 @@ def write(folder: Path, seed: int, *, state: dict[str, Tensor] | None = None, **
     vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
     return folder
+
+
+def statistics(seed: int, kind: Kind) -> Statistics:
+    """Made-up statistics of `tensors(seed)`: of its matrices alone, embedding and head left out."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, tensor in tensors(seed).items():
+        if tensor.dim() == 2 and "layers" in name:
+            x = torch.randn(tensor.shape if kind == "fisher" else (5, tensor.shape[1]), generator=generator)
+            found[name] = x.square() if kind == "fisher" else x.T @ x / len(x)
+    return Statistics(kind, found, 5)
+
+
+def write_statistics(folder: Path, model: str, kind: Kind) -> str:
+    """The file's name, beside the model's folder, whose name a, b, c … is its seed."""
+    return statistics(ord(model) - ord("a"), kind).save(folder / f"{model}.{kind}.safetensors").name
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,8 @@ class PlainLinear:
     needs_base: str = "optional"
     min_models: int = 1
     max_models: int | None = None
+    equal_norms: bool = False
+    needs_data: None = None
     run: Any = _linear
 
     def stream(self, *arguments: Any) -> Iterator[Tensor]:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import model_fusion.fuse as fuse
     import model_fusion.mix as mix
     import model_fusion.search as search
+    from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
+    from model_fusion.dynamic.ensemble import Ensemble, ensemble
     from model_fusion.evaluate.audit import audit
     from model_fusion.evaluate.safety.audit import audit as audit_safety
     from model_fusion.evaluate.safety.repair import repair as repair_safety
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from model_fusion.fuse.experts import Expert, Field, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
+    from model_fusion.merge.calibration import (
+        Coefficients,
+        adamerging,
+        collect_merged_statistics,
+        collect_statistics,
+    )
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
@@ -34,6 +42,12 @@ _HOMES = {
     **dict.fromkeys(("FusedClassifier", "FusedRegressor"), "model_fusion.fuse.estimator"),
     "FusedModel": "model_fusion.fuse.model",
     "Example": "model_fusion.fuse.fit",
+    **dict.fromkeys(("Ensemble", "ensemble"), "model_fusion.dynamic.ensemble"),
+    "Statistics": "model_fusion.checkpoint.statistics",
+    **dict.fromkeys(
+        ("Coefficients", "adamerging", "collect_merged_statistics", "collect_statistics"),
+        "model_fusion.merge.calibration",
+    ),
     "audit": "model_fusion.evaluate.audit",
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
@@ -55,7 +69,9 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Coefficients",
     "CrossAttention",
+    "Ensemble",
     "Example",
     "Expert",
     "Field",
@@ -71,9 +87,14 @@ __all__ = [
     "MissingDependencyError",
     "ModelFusionError",
     "Prefix",
+    "Statistics",
     "Tool",
+    "adamerging",
     "audit",
     "audit_safety",
+    "collect_merged_statistics",
+    "collect_statistics",
+    "ensemble",
     "fuse",
     "inspect",
     "merge",

@@ -168,11 +168,12 @@ def test_a_fusion_of_a_built_in_task_loads_without_help(
 ) -> None:
     data = {"task": "digits", "options": {"labels": 20}}
     training = {"steps": 1, "batch_size": 2}
-    recipe = toy.write_recipe(tmp_path, {"data": data, "training": training, "dtype": "float32"})
+    recipe = toy.write_recipe(tmp_path, {"data": data, "training": training, "keep_language": 0.5, "dtype": "float32"})
     assert toy.command(monkeypatch, "fuse", recipe, "-o", tmp_path / "out") == 0
     config = saving.read_config(tmp_path / "out")
     assert config["task"]["name"] == "digits"
     assert config["task"]["options"] == {"seed": 0, "labels": 20}
+    assert config["task"]["training"]["keep_language"] == 0.5  # an audit trains its variants in the same way
     assert config["task"]["training"]["steps"] == 1
     capsys.readouterr()
     picture = json.dumps([[float(i)] * 8 for i in range(8)])

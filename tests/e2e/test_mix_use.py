@@ -1,6 +1,7 @@
 """A mixture as a user meets it: built from a recipe, judged, its routers trained, verified, generating."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from mix_fixtures import model, write
+from model_fusion.architecture import wrapped
 from model_fusion.checkpoint.verify import verify
 from model_fusion.cli.main import main
 from model_fusion.mix import train as training
@@ -20,6 +22,7 @@ from model_fusion.mix.build import build
 from model_fusion.mix.routing import moe_layers
 from model_fusion.mix.train import RouterSettings, freeze, train_router
 from model_fusion.mix.verdict import evaluate
+from model_fusion.run.load import open_checkpoint
 
 TEXTS = {"letters": "abcdefgh ", "digits": "0123456789 "}
 QUICK = RouterSettings(window=16, steps=12, batch_size=4, validate_every=4, learning_rate=5e-2)
@@ -171,6 +174,38 @@ def test_generates(recipe: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out)
     inputs = tokenizer("abc", return_tensors="pt")
     assert loaded.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] == 7
+
+
+@torch.no_grad()
+def check_asked_as_it_is(out: Path) -> None:
+    """The command line's model is the stock one: same kernels, same logits, same words."""
+    asked, stock = open_checkpoint(out), AutoModelForCausalLM.from_pretrained(out)
+    assert asked.base.config._experts_implementation == stock.config._experts_implementation
+    inputs = AutoTokenizer.from_pretrained(out)("abc", return_tensors="pt")
+    assert torch.equal(asked(**inputs).logits, stock.to(asked.dtype)(**inputs).logits)
+
+
+def test_generate_and_chat_open_a_mixture(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = build(recipe, tmp_path / "out").folder
+    check_asked_as_it_is(out)
+    run(monkeypatch, "generate", str(out), "--prompt", "abc", "--max-new-tokens", "4")
+    answer = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n/reset\nabc\n"))
+    run(monkeypatch, "chat", str(out), "--max-new-tokens", "4")
+    said = capsys.readouterr()
+    assert said.out == f"{answer}the conversation starts afresh\n{answer}", said.err
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "generate", str(out), "--prompt", "<|table|>", "--input", "table=1")
+    assert stop.value.code == 2
+    assert "table" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_lost_is_seen(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrapped, "KERNELS", ("_attn_implementation",))
+    with pytest.raises(AssertionError):
+        check_asked_as_it_is(build(recipe, tmp_path / "out").folder)
 
 
 def _adapter(folder: Path, module: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

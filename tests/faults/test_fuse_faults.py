@@ -124,7 +124,9 @@ WRONG: dict[str, tuple[Change, str]] = {
     "unknown key of the training": (lambda f, r: r.update(training={"step": 3}), "did you mean 'steps'?"),
     "training of a wrong type": (lambda f, r: r.update(training={"steps": "many"}), "training.steps:"),
     "training out of range": (lambda f, r: r.update(training={"batch_size": 0}), "batch_size must be at least 1"),
-    "seed twice": (lambda f, r: r.update(training={"seed": 1}), "the recipe's own `seed`"),
+    "seed twice": (lambda f, r: r.update(training={"seed": 1}), "seed is the recipe's own key"),
+    "language under training": (lambda f, r: r.update(training={"keep_language": 1}), "the recipe's own key"),
+    "language below nothing": (lambda f, r: r.update(keep_language=-1), "keep_language"),
     "unknown bridge": (lambda f, r: r.update(bridge="gatd"), "did you mean 'gated'"),
     "bridge of a wrong type": (lambda f, r: r.update(bridge=3), "give a bridge's name"),
     "unknown setting of a bridge": (

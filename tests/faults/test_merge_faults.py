@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from killing import killed
 from merge_fixtures import tensors, write
 from model_fusion.errors import InputError
 from model_fusion.merge import engine
@@ -245,33 +245,12 @@ def test_disk_full_leaves_nothing(room: Path) -> None:
     assert sorted(p.name for p in room.iterdir()) == ["a", "b", "c", "recipe.yml"]
 
 
-KILLED = """
-import os, sys, signal
+WORK = """
 from pathlib import Path
-from model_fusion.checkpoint import writer
 from model_fusion.merge import engine
-steps, real = [int(sys.argv[2])], {name: getattr(os, name) for name in ("pwrite", "write", "rename", "fsync")}
-def step(name):
-    def call(*args):
-        steps[0] -= 1
-        if steps[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real[name](*args)
-    return call
-for name in real:
-    setattr(os, name, step(name))
-engine.merge(Path(sys.argv[1]), Path("out"), threads=2, shard_size=2000, resume=True)
+
+engine.merge(Path("recipe.yml"), Path("out"), threads=2, shard_size=2000, resume=True)
 """
-
-
-def killed(path: Path, step: int) -> bool:
-    """Merge in another process that kills itself at its `step`-th system call; whether it was killed."""
-    command = [sys.executable, "-c", KILLED, str(path), str(step)]
-    done = subprocess.run(
-        command, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(SEARCHED)}
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr.decode()
-    return done.returncode != 0
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -284,7 +263,7 @@ def test_killed_at_random_moments_and_resumed_gives_identical_bytes(room: Path) 
     whole = bytes_of(engine.merge(path, room / "whole", shard_size=2000))
     chooser, kills = random.Random(0), 0
     for _ in range(20):
-        kills += killed(path, chooser.randint(1, 45))
+        kills += killed(WORK, chooser.randint(1, 45), SEARCHED)
         if (room / "out").exists():
             assert bytes_of(room / "out") == whole
             shutil.rmtree(room / "out")
@@ -297,7 +276,7 @@ def test_killed_at_random_moments_and_resumed_gives_identical_bytes(room: Path) 
 def test_resume_redoes_a_tensor_whose_bytes_changed(room: Path) -> None:
     path = save(room, LINEAR)
     whole = bytes_of(engine.merge(path, room / "whole"))
-    assert killed(path, 30)
+    assert killed(WORK, 30, SEARCHED)
     for shard in (room / ".out.partial").glob("*.partial"):
         with shard.open("r+b") as handle:
             handle.seek(-2, os.SEEK_END)
@@ -309,7 +288,7 @@ def test_resume_redoes_a_tensor_whose_bytes_changed(room: Path) -> None:
 
 def test_resume_with_changed_inputs_starts_again(room: Path) -> None:
     path = save(room, LINEAR)
-    assert killed(path, 30)
+    assert killed(WORK, 30, SEARCHED)
     assert (room / ".out.partial/journal").is_file()
     write(room / "b", 9)
     whole = bytes_of(engine.merge(path, room / "whole", shard_size=2000))

@@ -6,6 +6,7 @@ biases, a misspelt gate_mode gave `'NoneType' object is not callable`.
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from killing import killed
 from mix_fixtures import write
 from model_fusion.cli.main import main
 
@@ -180,3 +182,37 @@ def test_training_needs_a_folder_that_mix_built(made: Path) -> None:
 
     with pytest.raises(InputError, match="give a folder that `model-fusion mix build` wrote"):
         train_router(made / "base")
+
+
+WORK = """
+from pathlib import Path
+from model_fusion.mix.build import build
+
+build(Path("recipe.yml"), Path("out"), resume=True, shard_size=20_000)
+"""
+SEARCHED = [str(Path(entry).resolve()) for entry in sys.path]  # before the tests change folder
+
+
+def test_a_build_killed_half_way_goes_on_to_identical_bytes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model_fusion.mix.build import build
+
+    recipe = {"base_model": str(made / "base"), "gate": "random", "experts": [str(made / "base"), str(made / "other")]}
+    recipe["experts"] = [{"model": folder} for folder in recipe["experts"]]
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe))
+
+    def bytes_of(folder: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+    whole = bytes_of(build(Path("recipe.yml"), Path("whole"), shard_size=20_000).folder)
+    for step in (1, 12, 40):
+        assert killed(WORK, step, SEARCHED)
+        assert not Path("out").exists()
+    journal = Path(".out.partial/journal").read_bytes()
+    assert journal.count(b"\n") > 2  # there was something to go on from
+    assert bytes_of(build(Path("recipe.yml"), Path("out"), resume=True, shard_size=20_000).folder) == whole
+    # red for another recipe: its bytes are other bytes, and the journal of the first is not gone on from
+    Path("recipe.yml").write_text(yaml.safe_dump({**recipe, "seed": 7}))
+    assert bytes_of(build(Path("recipe.yml"), Path("out"), overwrite=True, shard_size=20_000).folder) != whole

@@ -85,6 +85,21 @@ CASES = [
     Case("safemerge", reference.safemerge, {"threshold": 0.92, "safe_weight": 0.75}, (), (2, 3, 4)),
     Case("safemerge", reference.safemerge, {"threshold": 0.92, "safe_weight": 1.5, "add": True}, (), (2, 3, 4)),
     Case("ramplus_tl", reference.ramplus_tl, {}, (), (2, 3)),
+    Case("fisher", reference.fisher, {}, ("weight", "fisher"), base="no"),
+    Case("fisher", reference.fisher, {"floor": 0.0}, ("weight", "fisher"), base="no"),
+    Case("fisher", reference.fisher, {"floor": 0.25}, ("fisher",), base="no"),
+    Case("regmean", reference.regmean, {}, ("weight", "gram"), base="no"),
+    Case("regmean", reference.regmean, {"alpha": 0.0}, ("gram",), base="no"),
+    Case("regmean", reference.regmean, {"alpha": 1.0, "ridge": 0.01}, ("weight", "gram"), base="no"),
+    Case("tsv_m", reference.tsv_m, {}, ("weight",)),
+    Case("tsv_m", reference.tsv_m, {"rank_fraction": 0.75, "rest": "sum"}, ("weight",)),
+    Case("iso_c", reference.iso_c, {"lambda_": 1.25, "force": True}, ("weight",)),
+    Case("iso_cts", reference.iso_cts, {"force": True}, ("weight",)),
+    Case("iso_cts", reference.iso_cts, {"force": True, "common_space_fraction": 0.4}, ("weight",)),
+    Case("wudi", reference.wudi, {"lambda_": 0.75}, ("weight",)),
+    Case("wudi", reference.wudi, {"time": 3.0, "rank_fraction": 0.5}, ("weight",)),
+    Case("lines", reference.lines, {}, ("weight",)),
+    Case("lines", reference.lines, {"alpha": 0.25, "beta": 0.5}, ("weight",)),
 ]
 
 
@@ -106,14 +121,30 @@ def draw(case: Case, shape: tuple[int, ...], seed: int) -> tuple[list[Array], Ar
                 values["epsilon"] = 0.0  # the masks are given, and it must fit every density
         if "gamma" in case.each:
             values["gamma"] = float(rng.choice([0.0, 0.01, 0.2, 1.0]))
-    masks = [rng.random(shape) < 0.5 for _ in models]
+    masks: list[Any] = [rng.random(shape) < 0.5 for _ in models]
+    if "fisher" in case.each or "gram" in case.each:
+        masks = statistics(rng, "gram" if "gram" in case.each else "fisher", len(models), shape)
     return models, None if case.base == "no" else base, each, masks
+
+
+def statistics(rng: np.random.Generator, kind: str, count: int, shape: tuple[int, ...]) -> list[Any]:
+    """One statistic a model: of 5 samples, some elements or inputs without any. A vector has no Gram matrix."""
+    if kind == "fisher":
+        return [rng.integers(0, 5, shape) ** 2 / 16 for _ in range(count)]
+    if len(shape) != 2:
+        return [None] * count
+    shown = rng.random(shape[1]) < 0.9
+    samples = [rng.integers(-4, 5, (5, shape[1])) / 4 * shown for _ in range(count)]
+    return [x.T @ x / len(x) for x in samples]
 
 
 def run(case: Case, models: list[Array], base: Array | None, each: list[Values], masks: list[Any]) -> Array:
     """The method's own answer, as float64."""
     method = get(case.method)
-    key = Key(masks=[torch.from_numpy(m) for m in masks] if "mask" in case.each else None)
+    given = [torch.from_numpy(m) for m in masks] if "mask" in case.each else None
+    known = {"fisher", "gram"} & set(case.each) and masks[0] is not None
+    data = [torch.from_numpy(m).float() for m in masks] if known else None
+    key = Key(masks=given, depth=reference.DEPTH, data=data)
     got = method.run(
         [torch.from_numpy(m).float() for m in models],
         None if base is None else torch.from_numpy(base).float(),
@@ -131,7 +162,7 @@ def agrees(case: Case, shape: tuple[int, ...], seed: int) -> bool:
     that close to it are not compared: none exist in real checkpoints.
     """
     models, base, each, masks = draw(case, shape, seed)
-    compared = has_angle(case, models, base)
+    compared = has_angle(case, models, base) & has_subspaces(case, models, base, each)
     if not compared.any():
         return True
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -159,6 +190,36 @@ def has_angle(case: Case, models: list[Array], base: Array | None) -> NDArray[np
     if case.params.get("nuslerp_row_wise"):
         return np.broadcast_to([clear([v[:, j] for v in vectors]) for j in range(shape[1])], shape)
     return np.broadcast_to([[clear([v[i] for v in vectors])] for i in range(shape[0])], shape)
+
+
+def has_subspaces(case: Case, models: list[Array], base: Array | None, each: list[Values]) -> NDArray[np.bool_]:
+    """All true, or all false where a subspace is cut between singular values that are (nearly) equal, and so is not
+    defined."""
+    shape = models[0].shape
+    if len(shape) != 2 or case.method not in ("tsv_m", "iso_cts", "wudi"):
+        return np.ones(shape, dtype=bool)
+    tasks = [values.get("weight", 1.0) * (m - base) for m, values in zip(models, each, strict=True)]
+    cuts: list[tuple[Array, int]] = []
+    if case.method == "tsv_m":
+        count = max(1, int(min(shape) * case.params.get("rank_fraction", 1 / len(tasks))))
+        cuts = [(task, count) for task in tasks]
+    elif case.method == "wudi":
+        units = [task / np.linalg.norm(task) for task in tasks if task.any()]
+        if units:
+            cuts = [(np.concatenate(units), int(shape[1] * case.params.get("rank_fraction", 1.0)))]
+    else:
+        common, own = reference.iso_cts_split(tasks, case.params.get("common_space_fraction", 0.8))
+        u = reference.triples(sum(tasks), common, reference.largest(sum(tasks)))[0]
+        cuts = [(sum(tasks), common), *((task - u @ u.T @ task, own) for task in tasks)]
+    return np.full(shape, all(parted(matrix, count) for matrix, count in cuts))
+
+
+def parted(matrix: Array, count: int) -> bool:
+    """Whether singular value number `count` stands clear of the next; nothing is cut at either end."""
+    s = np.linalg.svd(matrix, compute_uv=False)
+    if not 0 < count < len(s) or s[0] < 1e-9 or s[count - 1] < 1e-9 * s[0]:
+        return True
+    return bool(s[count - 1] - s[count] > 1e-3 * s[0])
 
 
 def clear(vectors: list[Array]) -> bool:

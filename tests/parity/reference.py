@@ -65,6 +65,28 @@ def task_arithmetic(models, base, each, params, masks):
     return base + weighted([m - base for m in models], column(each, "weight", 1.0), params, False)
 
 
+def fisher(models, base, each, params, masks):
+    weights, floor = column(each, "weight", 1.0), params.get("floor", 1e-6)
+    if masks[0] is None:
+        return linear(models, base, each, {}, ())
+    least = floor * np.mean(masks)
+    shares = [w * np.maximum(f, least) for w, f in zip(weights, masks, strict=True)]
+    top, bottom = sum(s * m for s, m in zip(shares, models, strict=True)), sum(shares)
+    return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), linear(models, base, each, {}, ()))
+
+
+def regmean(models, base, each, params, masks):
+    """W (Σ wG + ridge) = Σ wWG + ridge · mean, where the ridge of an input is a share of its energy (1 without any)."""
+    if masks[0] is None:
+        return linear(models, base, each, {}, ())
+    weights, alpha = column(each, "weight", 1.0), params.get("alpha", 0.9)
+    grams = [w * (alpha * g + (1 - alpha) * np.diag(np.diag(g))) for w, g in zip(weights, masks, strict=True)]
+    energy = np.diag(sum(grams))
+    ridge = np.diag(np.where(energy > 0, params.get("ridge", 1e-6) * energy, 1.0))
+    right = sum(m @ g for m, g in zip(models, grams, strict=True)) + linear(models, base, each, {}, ()) @ ridge
+    return np.linalg.solve((sum(grams) + ridge).T, right.T).T
+
+
 def cosine(a: Array, b: Array) -> float:
     return float(a.ravel() @ b.ravel() / (np.linalg.norm(a) * np.linalg.norm(b)))
 
@@ -293,3 +315,100 @@ def ramplus_tl(models, base, each, params, masks):
         return out
 
     return ram(models, base, each, params, masks, stretch)
+
+
+# --- subspace methods ---
+
+
+def triples(matrix: Array, count: int, size: float) -> tuple[Array, Array, Array]:
+    """The first singular triples; those of (relative) singular value 0 have no direction and are left out."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    count = min(count, int((s > 1e-6 * size).sum()))
+    return u[:, :count], s[:count], vh[:count]
+
+
+def wh(matrix: Array) -> Array:
+    """U Vᵀ of the SVD, without the directions that are not there."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    there = s > 1e-5 * s.max(initial=0.0)
+    return u[:, there] @ vh[there]
+
+
+def subspace(models, base, each, params, merge):
+    """Matrices by `merge`, which takes their task vectors; what is no matrix by its mean."""
+    tasks = [w * (m - base) for w, m in zip(column(each, "weight", 1.0), models, strict=True)]
+    if base.ndim == 2:
+        merged = merge(tasks)
+    else:
+        merged = sum(tasks) / (len(tasks) if params.get("rest", "mean") == "mean" else 1)
+    return base + params.get("lambda_", 1.0) * merged
+
+
+def largest(matrix: Array) -> float:
+    return float(np.linalg.norm(matrix, 2))
+
+
+def tsv_m(models, base, each, params, masks):
+    def merge(tasks):
+        count = max(1, int(min(base.shape) * params.get("rank_fraction", 1 / len(tasks))))
+        parts = [triples(task, count, largest(task)) for task in tasks]
+        u, s, vh = (np.concatenate([p[i] for p in parts], axis=axis) for i, axis in ((0, 1), (1, 0), (2, 0)))
+        return wh(u) @ np.diag(s) @ wh(vh)
+
+    return subspace(models, base, each, params, merge)
+
+
+def iso_c(models, base, each, params, masks):
+    def merge(tasks):
+        u, s, vh = triples(sum(tasks), min(base.shape), largest(sum(tasks)))
+        return s.sum() / min(base.shape) * u @ vh
+
+    return subspace(models, base, each, params, merge)
+
+
+def iso_cts_split(tasks: list[Array], fraction: float) -> tuple[int, int]:
+    """Directions taken from the sum, and from each task."""
+    rank = min(tasks[0].shape)
+    each = round((rank - int(rank * fraction)) / len(tasks))
+    each = min(each, rank // len(tasks))
+    return rank - each * len(tasks), each
+
+
+def iso_cts(models, base, each, params, masks):
+    def merge(tasks):
+        common, own = iso_cts_split(tasks, params.get("common_space_fraction", 0.8))
+        total = sum(tasks)
+        first = triples(total, common, largest(total))
+        outside = np.eye(base.shape[0]) - first[0] @ first[0].T
+        parts = [first, *(triples(outside @ task, own, np.linalg.norm(task)) for task in tasks)]
+        u, s, vh = (np.concatenate([p[i] for p in parts], axis=axis) for i, axis in ((0, 1), (1, 0), (2, 0)))
+        return s.sum() / min(base.shape) * wh(u) @ wh(vh)
+
+    return subspace(models, base, each, params, merge)
+
+
+def wudi(models, base, each, params, masks):
+    def merge(tasks):
+        norms = [np.linalg.norm(task) ** 2 for task in tasks]
+        c = sum(t.T @ t / n for t, n in zip(tasks, norms, strict=True) if n)
+        d = sum(t @ t.T @ t / n for t, n in zip(tasks, norms, strict=True) if n)
+        total = sum(tasks)
+        if not np.any(total) and not np.any(c):
+            return total
+        energy, v = np.linalg.eigh(c)
+        order = np.argsort(-energy)[: int(params.get("rank_fraction", 1.0) * base.shape[1])]
+        order = order[energy[order] > 1e-12 * energy.max()]
+        energy, v = energy[order], v[:, order]
+        h = 1 - np.exp(-energy * params.get("time", 10.0))
+        return total - total @ v @ np.diag(h) @ v.T + d @ v @ np.diag(h / energy) @ v.T
+
+    return subspace(models, base, each, params, merge)
+
+
+def lines(models, base, each, params, masks):
+    alpha = params.get("alpha", 1 / len(models)) + params.get("beta", 0.5) * DEPTH
+    return base + alpha * weighted([m - base for m in models], column(each, "weight", 1.0), {}, False)
+
+
+DEPTH = 0.75
+"""Where the tensors of all cases lie."""

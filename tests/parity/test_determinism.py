@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from merge_fixtures import write
+from merge_fixtures import write, write_statistics
 from model_fusion.merge.engine import merge
 from model_fusion.merge.methods import Key, Method, all_methods, blocks, build
 
@@ -31,6 +31,10 @@ def merged(method: Method, threads: int, chunk: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
     base = (torch.randn(300, 1000, generator=g) * 0.02).bfloat16()
     models = [(base + torch.randn(300, 1000, generator=g) * 1e-3).bfloat16() for _ in range(count_of(method))]
+    data = None
+    if method.needs_data is not None:
+        data = [torch.randn(300, 1000, generator=g).square() for _ in models]
+        data = [x.T @ x for x in data] if method.needs_data == "gram" else data
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -39,7 +43,7 @@ def merged(method: Method, threads: int, chunk: int) -> torch.Tensor:
             None if method.needs_base == "forbidden" else base,
             [build(method.model_params, each_of(method), method.name)] * len(models),
             build(method.params, GIVEN.get(method.name, {}), method.name),
-            Key(3, "w"),
+            Key(3, "w", depth=0.5, data=data),
             chunk_size=chunk,
         )
     finally:
@@ -78,6 +82,9 @@ def test_two_runs_and_two_thread_counts_write_the_same_files(method: Method, tmp
     text["parameters"] = {**each_of(method), **GIVEN.get(method.name, {})}
     if method.name.startswith("della"):
         text["parameters"]["epsilon"] = 0.2
+    if method.needs_data is not None:
+        for entry in models:
+            entry["statistics"] = write_statistics(tmp_path, entry["model"], method.needs_data)
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(text))
     runs = [merge(tmp_path / "recipe.yml", tmp_path / f"out{i}", threads=t) for i, t in enumerate((1, 2, 2))]
     assert bytes_of(runs[0]) == bytes_of(runs[1]) == bytes_of(runs[2])

@@ -16,6 +16,7 @@ from model_fusion.merge.methods import (
     all_methods,
     arcee_fusion,
     dare,
+    data_based,
     merge_state_dicts,
     model_stock,
     safemerge,
@@ -27,9 +28,10 @@ from model_fusion.merge.methods import (
     ties,
 )
 from model_fusion.merge.methods.base import Method
+from model_fusion.merge.methods.subspace import iso, matrices, tsv
 
 from . import reference
-from .cases import CASES, Case, agrees, draw, has_angle
+from .cases import CASES, Case, agrees, draw, has_angle, has_subspaces
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 60)),
@@ -51,7 +53,8 @@ def test_method_equals_its_formula(case: Case, shape: tuple[int, ...], seed: int
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_most_inputs_are_compared(case: Case) -> None:
     drawn = [draw(case, (6, 30), seed) for seed in range(20)]
-    assert np.mean([has_angle(case, models, base) for models, base, *_ in drawn]) > 0.5
+    compared = [has_angle(case, m, base) & has_subspaces(case, m, base, each) for m, base, each, _ in drawn]
+    assert np.mean(compared) > 0.5
 
 
 # --- the same checks, red ---
@@ -123,7 +126,28 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
         forget("safe_weight", 0.25),
         forget("threshold", 0.9),
     ],
+    "fisher": [drop_weight, forget("floor", 0.5), change(data_based, "total", lambda real, v: real(v) * 10)],
+    "regmean": [
+        drop_weight,
+        forget("alpha", 0.5),
+        forget("ridge", 0.1),
+        change(data_based, "shrunk", lambda real, gram, alpha: gram.double()),
+    ],
     "ram": [forget("epsilon", 0.1)],
+    "tsv_m": [
+        drop_weight,
+        forget("rank_fraction", 1.0),
+        change(tsv, "whiten", lambda real, u, s, vh: u @ s.diag() @ vh),
+        change(matrices, "_inverse_root", lambda real, gram: real(gram) @ real(gram)),
+    ],
+    "iso_c": [drop_weight, change(iso, "svd", lambda real, *a: real(*a, count=1))],
+    "iso_cts": [
+        drop_weight,
+        forget("common_space_fraction", 1.0),
+        change(iso, "whiten", lambda real, u, s, vh: u @ s.diag() @ vh),
+    ],
+    "wudi": [drop_weight, forget("time", 9.0), forget("rank_fraction", 0.75)],
+    "lines": [drop_weight, forget("beta", 0.25)],
     "ramplus_tl": [forget("alpha", 0.0), forget("r", 0.2)],
 }
 

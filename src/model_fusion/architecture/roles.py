@@ -6,7 +6,7 @@ No model class is imported: names on disk are the published ones, while transfor
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.(.+)$")
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|image|speech)[\w]*\.")
@@ -23,6 +23,10 @@ _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
 _BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|predictions|predictions\.decoder)\.(weight|bias)$")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+Rows = Literal["outputs", "inputs", "tokens"]
+"""What a matrix's rows stand for: Linear's are outputs, Conv1D's inputs, an embedding's or a head's tokens."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,15 @@ def before_layers(name: str) -> bool:
     return role_of(name).role in ("embedding", "tower") or "embed" in name
 
 
+def depth_of(name: str, lengths: Mapping[str, int]) -> float:
+    """Where a tensor's layer lies in its stack: 0 first (and before the layers), 1 last (and after them). `lengths`:
+    the model's stacks."""
+    role = role_of(name)
+    if role.layer is None or role.stack is None:
+        return 0.0 if before_layers(name) else 1.0
+    return role.layer / max(lengths[role.stack] - 1, 1)
+
+
 def ties(config: Mapping[str, Any]) -> bool:
     """Whether head and input embedding are one tensor."""
     text = config.get("text_config")
@@ -105,3 +118,10 @@ def input_embedding(names: Iterable[str]) -> str | None:
 def has_row_a_token(name: str) -> bool:
     """Whether a tensor's rows are tokens: input embeddings, language-model heads and their biases."""
     return bool(_EMBEDDINGS.search(name) or _BY_TOKEN.search(name)) and not _TOWER.search(name)
+
+
+def rows_of(name: str, config: Mapping[str, Any] | None = None) -> Rows:
+    """What the rows of a matrix of that name stand for."""
+    if has_row_a_token(name):
+        return "tokens"
+    return "inputs" if role_of(name, config).transposed else "outputs"

@@ -20,14 +20,15 @@ def build(lineage: bytes) -> bytes:
     method = record["method"]
     adapter = record["kind"] == "adapter"
     bases = record["recipe"].get("base") if adapter else None
+    models = [parent["model"] for parent in record["parents"] if "statistics" not in parent]
     head = {
-        "base_model": [_published(model) for model in ([bases] if bases else [p["model"] for p in record["parents"]])],
+        "base_model": [_published(model) for model in ([bases] if bases else models)],
         "base_model_relation": "adapter" if adapter else "merge",
         "library_name": "peft" if adapter else "transformers",
         "tags": ["model-fusion", "lora" if adapter else "merge", method],
         "license": licence,
     }
-    names = [f"`{_published(parent['model'])}`" for parent in record["parents"]]
+    names = [f"`{_published(model)}`" for model in models]
     title = record["recipe"].get("name") or f"{method} of {_listed([name.strip('`') for name in names])}"
     parts = [
         "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip() + "\n---",
@@ -76,7 +77,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         (
             _published(parent["model"]),
             parent["revision"] or "–",
-            ", ".join(licence or "not named" for licence in parent["licences"]),
+            ", ".join(licence or "not named" for licence in parent["licences"]) or "–",
             f"`{parent['sha256']}`",
         )
         for parent in record["parents"]

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,27 @@ def read_header(file: Path) -> list[Entry]:
 
     Raises `InputError` naming the file (and the tensor) for anything malformed.
     """
+    header, start, size = _header(file)
+    entries = [_entry(file, start, name, info) for name, info in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = start
+    for entry in entries:
+        if entry.begin < position:
+            raise InputError(f"{file}: tensor {entry.name!r} overlaps the one before it")
+        if entry.end > size:
+            raise InputError(f"{file}: tensor {entry.name!r} ends at byte {entry.end}, the file at {size}: truncated")
+        position = entry.end
+    return entries
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The free texts in a safetensors file's header. Raises `InputError` where the header is malformed."""
+    found = _header(file)[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, the byte where the tensors start, and the file's size."""
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -76,17 +97,7 @@ def read_header(file: Path) -> list[Entry]:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     if not isinstance(header, dict):
         raise InputError(f"{file}: corrupt safetensors header (not a table of tensors)")
-    start = 8 + length
-    entries = [_entry(file, start, name, info) for name, info in header.items() if name != "__metadata__"]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    position = start
-    for entry in entries:
-        if entry.begin < position:
-            raise InputError(f"{file}: tensor {entry.name!r} overlaps the one before it")
-        if entry.end > size:
-            raise InputError(f"{file}: tensor {entry.name!r} ends at byte {entry.end}, the file at {size}: truncated")
-        position = entry.end
-    return entries
+    return header, 8 + length, size
 
 
 def _entry(file: Path, start: int, name: str, info: object) -> Entry:
@@ -109,9 +120,11 @@ def _entry(file: Path, start: int, name: str, info: object) -> Entry:
     return Entry(name, spec.dtype, spec.shape, file, start + offsets[0], start + offsets[1])
 
 
-def build_header(specs: Sequence[TensorSpec], room: int = 0) -> tuple[bytes, list[int]]:
+def build_header(
+    specs: Sequence[TensorSpec], room: int = 0, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Header bytes (padded to 8, or to `room` bytes) and each tensor's offset in the file, in the order given."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position, relative = 0, []
     for spec in specs:
         relative.append(position)

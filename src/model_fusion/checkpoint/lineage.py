@@ -12,6 +12,7 @@ import torch
 
 from model_fusion.checkpoint.formats import NAMES, TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.checkpoint.statistics import StatisticsFile
 
 NAME = "model_fusion.json"
 
@@ -77,18 +78,26 @@ def build(
 
 
 def _parent(parent: Checkpoint, tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """A parent's text, hub revision, licences (an adapter has its own), and one SHA-256 over those of its tensors."""
+    """A parent's text, hub revision, licences (an adapter has its own), and one SHA-256 over those of its tensors; of
+    a file of statistics its kind, and no licence."""
     prefix = parent.source.spec + ":"
     read = {key: value for entry in tensors for key, value in entry["inputs"].items() if key.startswith(prefix)}
     lines = "".join(f"{value}  {key.removeprefix(prefix)}\n" for key, value in sorted(read.items()))
     folders = [parent.folder, *([parent.source.adapter] if parent.source.adapter else [])]
+    statistics = parent if isinstance(parent, StatisticsFile) else None
     revision = parent.folder.name if parent.folder.parent.name == "snapshots" else None
     return {
         "model": parent.source.spec,
         "revision": revision,
-        "licences": [licence_of(folder) for folder in folders],
+        "licences": [] if statistics else [licence_of(folder) for folder in folders],
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        **({"statistics": statistics.kind} if statistics else {}),
     }
+
+
+def notes(folder: Path) -> list[str]:
+    """The notes of a folder that was just written."""
+    return list(json.loads((folder / NAME).read_bytes())["notes"])
 
 
 def licence_of(folder: Path) -> str | None:

@@ -142,7 +142,8 @@ def load_tokenizer(source: LLMSource) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{source.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]})") from None
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # padding is masked everywhere: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
     return config, tokenizer
 

@@ -159,6 +159,15 @@ class Checkpoint:
     def file_of(self, name: str) -> Path:
         return self._entries[name].file if name in self._entries else self._pickled[name][0]
 
+    @property
+    def names_on_disk(self) -> list[str]:
+        """What all its tensors are called on disk."""
+        return self.names
+
+    def own_name(self, name: str) -> str | None:
+        """What a tensor is called on disk; None for one that is on no disk in this form."""
+        return name
+
     def files(self) -> dict[str, bytes]:
         """The small files (tokenizer, chat template …) that belong in an output, by name."""
         if self.source.file is not None:

@@ -32,6 +32,13 @@ class View(Checkpoint):
     def file_of(self, name: str) -> Path:
         return self.inner.file_of(name)
 
+    @property
+    def names_on_disk(self) -> list[str]:
+        return self.inner.names_on_disk
+
+    def own_name(self, name: str) -> str | None:
+        return self.inner.own_name(name)
+
     def files(self) -> dict[str, bytes]:
         return self.inner.files()
 
@@ -62,6 +69,9 @@ class Renamed(View):
 
     def file_of(self, name: str) -> Path:
         return self.inner.file_of(self._names_of[name])
+
+    def own_name(self, name: str) -> str | None:
+        return self.inner.own_name(self._names_of[name])
 
     def stored(self, name: str) -> dict[str, Tensor]:
         return self.inner.stored(self._names_of[name])
@@ -113,6 +123,9 @@ class Remade(View):
     def spec(self, name: str) -> TensorSpec:
         found = self.inner.spec(name)
         return TensorSpec(name, found.dtype, self._made[name][0]) if name in self._made else found
+
+    def own_name(self, name: str) -> str | None:
+        return None if name in self._made else self.inner.own_name(name)
 
     def read(self, name: str) -> Tensor:
         return self._made[name][1]() if name in self._made else self.inner.read(name)

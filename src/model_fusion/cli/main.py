@@ -10,6 +10,7 @@ import typer
 
 from model_fusion.cli.audit import audit
 from model_fusion.cli.chat import chat
+from model_fusion.cli.ensemble import ensemble
 from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
 from model_fusion.cli.inspect import inspect
@@ -19,6 +20,7 @@ from model_fusion.cli.mix import app as mix
 from model_fusion.cli.safety import safety
 from model_fusion.cli.search import search
 from model_fusion.cli.stack import stack
+from model_fusion.cli.statistics import adamerge, statistics
 from model_fusion.cli.verify import verify
 from model_fusion.errors import ModelFusionError
 
@@ -44,11 +46,14 @@ app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("ensemble")(ensemble)
 app.command("safety")(safety)
 app.command("search")(search)
 app.command("stack")(stack)
 app.command("verify")(verify)
 app.command("inspect")(inspect)
+app.command("statistics")(statistics)
+app.command("adamerge")(adamerge)
 app.add_typer(lora, name="lora")
 app.add_typer(mix, name="mix")
 

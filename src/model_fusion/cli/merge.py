@@ -2,6 +2,7 @@
 
 import gc
 import re
+import warnings
 from pathlib import Path
 
 import typer
@@ -38,6 +39,7 @@ def merge(
 
     ahead = None if dry_run else Ahead(recipe)
     gc.disable()  # importing torch makes a million objects and no garbage: collecting costs a fifth of the start
+    from model_fusion.checkpoint import lineage
     from model_fusion.merge import engine  # torch loads here, not for --help
 
     gc.freeze()
@@ -57,17 +59,23 @@ def merge(
         )
         typer.echo(forecast(found))
         return
-    folder = engine.merge(
-        recipe,
-        output,
-        overwrite=overwrite,
-        resume=resume,
-        threads=threads,
-        shard_size=parse_size(shard_size),
-        allow_nan=allow_nan,
-        device=device,
-        fill_missing=fill_missing,
-        trust_remote_code=trust_remote_code,
-        ahead=ahead,
-    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        folder = engine.merge(
+            recipe,
+            output,
+            overwrite=overwrite,
+            resume=resume,
+            threads=threads,
+            shard_size=parse_size(shard_size),
+            allow_nan=allow_nan,
+            device=device,
+            fill_missing=fill_missing,
+            trust_remote_code=trust_remote_code,
+            ahead=ahead,
+        )
+    for one in warned:
+        typer.echo(f"warning: {one.message}", err=True)
+    for note in lineage.notes(folder):
+        typer.echo(note)
     typer.echo(f"wrote {folder}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from model_fusion.architecture.wrapped import kernels_kept
 from model_fusion.checkpoint.llm import DEFAULT_LLM, LLMSource, load_llm, resolve_llm
 from model_fusion.errors import InputError
 from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, Signal, bridge_config
@@ -63,9 +64,8 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         *,
         reserved: Mapping[str, int] | None = None,
     ) -> None:
-        attention = base.config._attn_implementation
-        super().__init__(FusedConfig(text_config=base.config, attn_implementation=attention))
-        base.config._attn_implementation = attention  # PreTrainedModel resets it in every config it holds
+        with kernels_kept(base.config) as kernels:
+            super().__init__(FusedConfig(text_config=base.config, **kernels))
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
         self.tokenizer, self.experts, self.source = tokenizer, dict(experts), source

@@ -71,15 +71,14 @@ def dry_run(
 
 def _forecast(name: str, work: MergePlan, threads: int, device: str) -> Forecast:
     seconds, sampled = _time(work, threads, device)
+    every = work.every()
     return Forecast(
         name=name,
         method=work.method.name,
         models=list(work.checkpoints),
         base=work.recipe.base_model,
         tensors=len(work.outputs),
-        read=sum(
-            work.checkpoints[source.model].spec(source.tensor).nbytes for o in work.outputs for source in _reads(o)
-        ),
+        read=sum(every[source.model].spec(source.tensor).nbytes for o in work.outputs for source in _reads(o)),
         written=sum(item.spec.nbytes for item in work.outputs),
         sampled=sampled,
         seconds=seconds,
@@ -87,7 +86,7 @@ def _forecast(name: str, work: MergePlan, threads: int, device: str) -> Forecast
 
 
 def _reads(item: Output) -> list[Input]:
-    return [*item.inputs, *([item.base] if item.base else [])]
+    return [*item.inputs, *([item.base] if item.base else []), *item.data]
 
 
 class _Thrown:

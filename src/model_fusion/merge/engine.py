@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
+from model_fusion.checkpoint.statistics import open_statistics
 from model_fusion.checkpoint.views import Planned
 from model_fusion.checkpoint.writer import CheckpointWriter
 from model_fusion.errors import InputError
@@ -79,6 +81,7 @@ def _plan(
     planning.check_parameters(recipe, method)
     names = recipe.model_names()
     checkpoints = {name: named.get(name) or choices.open(name) for name in names}
+    data = {text: open_statistics(text, choices.folder) for text in recipe.statistics()}
     spec = recipe.tokenizer_spec()
     other = None
     if spec is not None and spec.source not in ("base", "union", *checkpoints):
@@ -88,7 +91,7 @@ def _plan(
             raise InputError(f"tokenizer_source is none of base, union or a model: {error}") from error
         other = {name: (place / name).read_bytes() for name in small_files(place)}
     ready = prepare(recipe, checkpoints, other, choices.trust_remote_code)
-    return planning.build(recipe, method, ready, choices.fill_missing)
+    return planning.build(recipe, method, ready, choices.fill_missing, data)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def merge(
             # planned again: what was a promise is now a folder
             stage = _plan(work.recipe.merges[name], choices, _checkpoints(made))
             whole = place.made(name, number, _key(stage), partial(_write, stage, flags=inner, made=dict(made)))
-            made[name] = Made(whole, parents(stage.checkpoints, made))
+            made[name] = Made(whole, parents(stage.every(), made))
         _write(_plan(work.recipe, choices, _checkpoints(made), method), output, flags, made)
     return output
 
@@ -190,8 +193,8 @@ def _checkpoints(made: Mapping[str, Made]) -> dict[str, Checkpoint]:
 
 
 def inputs(work: MergePlan) -> list[Path]:
-    """Folders that are read, of all stages."""
-    every = [c for part in (work, *work.stages.values()) for c in part.checkpoints.values()]
+    """Folders and files that are read, of all stages."""
+    every = [c for part in (work, *work.stages.values()) for c in part.every().values()]
     sources = [c.source for c in every if c.source.spec not in work.stages]
     return [place for source in sources for place in source.places]
 
@@ -203,13 +206,16 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     specs = [item.spec for item in work.outputs]
     key = _key(work)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
-        Run(work, writer, flags.allow_nan, flags.device, flags.ahead).all(order, flags.threads)
+        run = Run(work, writer, flags.allow_nan, flags.device, flags.ahead)
+        run.all(order, flags.threads)
+        for text in run.warnings():
+            warnings.warn(f"{work.method.name}: {text}", stacklevel=2)
         files = {**_files(work), **flags.files}
         files[lineage.NAME] = lineage.build(
             "merge",
             work.method.name,
             work.recipe.model_dump(exclude_none=True, mode="json"),
-            parents(work.checkpoints, made),
+            parents(work.every(), made),
             specs,
             writer.done,
             through(writer.inputs_of, made),
@@ -217,7 +223,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
             command=flags.command,
             defaults=planning.defaults(work.method),
             seed=work.recipe.seed,
-            notes=flags.notes,
+            notes=[*work.notes(), *flags.notes],
         )
         files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)
@@ -233,8 +239,8 @@ def _files(work: MergePlan) -> dict[str, bytes]:
 def _key(work: MergePlan) -> str:
     """Identity of recipe and inputs."""
     digest = hashlib.sha256(work.recipe.model_dump_json().encode())
-    digest.update(repr([(item.inputs, item.base) for item in work.outputs]).encode())
-    digest.update(fingerprint(work.checkpoints).encode())
+    digest.update(repr([(item.inputs, item.base, item.data) for item in work.outputs]).encode())
+    digest.update(fingerprint(work.every()).encode())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ needs beside it (cache-sized chunks; for some methods a mask, for a few the whol
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,9 @@ from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.reader import Checkpoint, place_of
 from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.errors import InputError
+from model_fusion.merge.findings import unequal
 from model_fusion.merge.methods import Key
+from model_fusion.merge.methods.blocks import delta_square
 from model_fusion.merge.plan import Input, MergePlan, Output
 
 _PART = 1 << 20
@@ -47,8 +50,11 @@ class Run:
         """`hashed` False leaves the inputs' hashes out, for a merge of which no lineage is kept."""
         self._hashed = hashed
         self._work, self._writer, self._allow_nan, self._device, self._ahead = work, writer, allow_nan, device, ahead
+        self._every = work.every()
         self._bad: list[str] = []
         self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._squares: dict[str, float] = {}
 
     def all(self, order: list[Output], threads: int) -> None:
         """Make every tensor that is not yet done; the first error stops the rest."""
@@ -68,11 +74,15 @@ class Run:
             more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
             raise InputError(f"NaN or Inf in {'; '.join(found[:20])}{more} (--allow-nan merges them anyway)")
 
+    def warnings(self) -> list[str]:
+        """What the tensors merged so far give reason to warn of."""
+        return unequal({model: math.sqrt(square) for model, square in self._squares.items()})
+
     def _one(self, item: Output) -> None:
         if self._stop.is_set():
             return
         with torch.inference_mode():
-            sources = [*item.inputs, *([item.base] if item.base else [])]
+            sources = [*item.inputs, *([item.base] if item.base else []), *item.data]
             tensors = [self._checkpoint(source).read(source.tensor) for source in sources]
             hashes, finite = {}, True
             for source in sources:
@@ -101,13 +111,17 @@ class Run:
         return known or digest.hexdigest(), clean
 
     def _checkpoint(self, source: Input) -> Checkpoint:
-        return self._work.checkpoints[source.model]
+        return self._every[source.model]
 
     def _merged(self, item: Output, tensors: list[Tensor]) -> Iterator[Tensor]:
         tensors = [tensor.to(self._device) for tensor in tensors]
-        models, base = tensors[: len(item.inputs)], tensors[-1] if item.base else None
-        key = Key(self._work.recipe.seed, item.spec.name)
+        count = len(item.inputs)
+        models, base = tensors[:count], tensors[count] if item.base else None
+        data = tensors[-count:] if item.data else None
+        key = Key(self._work.recipe.seed, item.spec.name, depth=item.depth, rows=item.rows, data=data)
         method = self._work.method
+        if method.equal_norms and base is not None:
+            self._measure(item, models, base)
         for part in method.stream(models, base, item.model_params, item.params, key, item.spec.dtype):
             if not self._allow_nan and not finite(part):
                 kind = str(item.spec.dtype).removeprefix("torch.")
@@ -116,6 +130,13 @@ class Run:
                     "and dtype, or pass --allow-nan"
                 )
             yield part.cpu()
+
+    def _measure(self, item: Output, models: list[Tensor], base: Tensor) -> None:
+        """Adds up ‖wτ‖² of each model."""
+        for source, model, own in zip(item.inputs, models, item.model_params, strict=True):
+            square = own.weight**2 * delta_square(model, base)
+            with self._lock:
+                self._squares[source.model] = self._squares.get(source.model, 0.0) + square
 
 
 def check_device(device: str) -> None:

@@ -52,13 +52,18 @@ def _of_base(models: Mapping[str, Any], base: str) -> list[str]:
             found.append(f"{name} equals the base {base}: it adds nothing")
         elif length is not None and length > WRONG_BASE:
             found.append(f"{name} is {length:.2f} × the base's own norm away from {base}: is that its base?")
+    return found + unequal(lengths)
+
+
+def unequal(lengths: Mapping[str, float | None]) -> list[str]:
+    """A warning where the longest task vector dwarfs the shortest. `lengths`: name → ‖τ‖; 0 and None are left out."""
     changed = {name: length for name, length in lengths.items() if length}
-    if len(changed) > 1:
-        least, most = min(changed, key=lambda n: changed[n]), max(changed, key=lambda n: changed[n])
-        ratio = changed[most] / changed[least]
-        if ratio > UNEQUAL:
-            found.append(f"{most}'s task vector is {ratio:.0f} × as long as {least}'s: weigh them, or check the base")
-    return found
+    if len(changed) < 2:
+        return []
+    least, most = min(changed, key=lambda n: changed[n]), max(changed, key=lambda n: changed[n])
+    ratio = changed[most] / changed[least]
+    text = f"{most}'s task vector is {ratio:.0f} × as long as {least}'s: weigh them, or check the base"
+    return [text] if ratio > UNEQUAL else []
 
 
 def _vocabularies(looked: Sequence[_Looked]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from model_fusion.architecture.align import known_modules, module
-from model_fusion.architecture.roles import before_layers, main_stack, role_of, stacks, with_layer
+from model_fusion.architecture.roles import before_layers, depth_of, main_stack, role_of, stacks, with_layer
 from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, Slice, SliceSource
 from model_fusion.recipe.reading import nearest
@@ -84,13 +84,7 @@ class Layout:
             return
         block = Block(part.models or [], levels, self._recipe.base_model)
         for name in names:
-            self.items.append(Item(name, name, block, (name,) * len(block.sources), self._position(name)))
-
-    def _position(self, name: str) -> float:
-        role = role_of(name)
-        if role.layer is None or role.stack is None:
-            return 0.0 if before_layers(name) else 1.0
-        return role.layer / max(self._lengths[role.stack] - 1, 1)
+            self.items.append(Item(name, name, block, (name,) * len(block.sources), depth_of(name, self._lengths)))
 
     def _slices(self, parts: Sequence[Slice], names: Sequence[str], levels: Sequence[Parameters]) -> None:
         found = main_stack(names)

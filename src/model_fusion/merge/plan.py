@@ -4,18 +4,20 @@ Every problem is collected, so that a user sees all of them at once and before a
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import has_row_a_token, tied
+from model_fusion.architecture.roles import Rows, has_row_a_token, rows_of, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.checkpoint.statistics import StatisticsFile
 from model_fusion.errors import InputError
+from model_fusion.merge.data import Data
 from model_fusion.merge.layout import Item, Layout
 from model_fusion.merge.prepare import Prepared
 from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource
@@ -44,12 +46,16 @@ class Method(Protocol):
     @property
     def max_models(self) -> int | None: ...
     @property
+    def equal_norms(self) -> bool: ...
+    @property
+    def needs_data(self) -> Any: ...
+    @property
     def stream(self) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of one model."""
+    """One tensor of one model, or of a file of statistics."""
 
     model: str
     tensor: str
@@ -57,7 +63,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to make. `copied` tensors (integers, buffers) are taken from the first input as they are."""
+    """One tensor to make. `copied` tensors (integers, buffers) are taken from the first input as they are. `depth` and
+    `rows` as in a method's `Key`; `data`: the statistic of each input, if any."""
 
     spec: TensorSpec
     inputs: tuple[Input, ...]
@@ -65,12 +72,15 @@ class Output:
     model_params: tuple[Any, ...]
     params: Any
     copied: bool = False
+    depth: float | None = None
+    rows: Rows = "outputs"
+    data: tuple[Input, ...] = ()
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """What `engine` executes. `template` is the model whose config the output gets, `files` its small files; `stages`
-    are the named merges to make first, in order."""
+    are the named merges to make first, in order; `data` the files of statistics."""
 
     recipe: MergeRecipe
     method: Method
@@ -80,6 +90,22 @@ class MergePlan:
     config: dict[str, Any]
     files: dict[str, bytes]
     stages: dict[str, "MergePlan"] = field(default_factory=dict)
+    data: dict[str, StatisticsFile] = field(default_factory=dict)
+
+    def every(self) -> dict[str, Checkpoint]:
+        """All that is read, models and statistics."""
+        return {**self.checkpoints, **self.data}
+
+    def notes(self) -> list[str]:
+        """What the card should tell of the data."""
+        if not self.data:
+            return []
+        merged = [item for item in self.outputs if not item.copied]
+        own = sum(bool(item.data) for item in merged)
+        return [
+            f"{self.method.name}: {own} of {len(merged)} tensors have statistics; the other {len(merged) - own} are "
+            "weighted means"
+        ]
 
 
 def defaults(method: Method) -> dict[str, Any]:
@@ -99,15 +125,21 @@ def check_parameters(recipe: MergeRecipe, method: Method) -> None:
                 raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
 
 
-def build(recipe: MergeRecipe, method: Method, ready: Prepared, fill_missing: str | None = None) -> MergePlan:
+def build(
+    recipe: MergeRecipe,
+    method: Method,
+    ready: Prepared,
+    fill_missing: str | None = None,
+    data: Mapping[str, StatisticsFile] | None = None,
+) -> MergePlan:
     """The plan, or one `InputError` that lists every problem. `fill_missing`: the model (or `base`) that gives the
-    tensors which another lacks."""
+    tensors which another lacks. `data`: the recipe's files of statistics."""
     fill = (recipe.base_model or ready.template) if fill_missing == "base" else fill_missing
     if fill is not None and fill not in ready.checkpoints:
         raise InputError(
             f"--fill-missing {fill!r} is no model of the recipe; {nearest(fill, ['base', *ready.checkpoints])}"
         )
-    planner = _Planner(_with_base(recipe, method), method, ready, fill)
+    planner = _Planner(_with_base(recipe, method), method, ready, fill, data or {})
     planner.run()
     if planner.problems:
         shown = planner.problems[:50]
@@ -115,7 +147,9 @@ def build(recipe: MergeRecipe, method: Method, ready: Prepared, fill_missing: st
         lines = "; ".join(shown) + (f"; and {more} more" if more else "")
         raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
     config = planner.config()
-    return MergePlan(recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files)
+    return MergePlan(
+        recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files, data=dict(data or {})
+    )
 
 
 def base_apart(method: Method) -> bool:
@@ -149,13 +183,21 @@ def _with_base(recipe: MergeRecipe, method: Method) -> MergeRecipe:
 
 
 class _Planner:
-    def __init__(self, recipe: MergeRecipe, method: Method, ready: Prepared, fill: str | None) -> None:
+    def __init__(
+        self,
+        recipe: MergeRecipe,
+        method: Method,
+        ready: Prepared,
+        fill: str | None,
+        data: Mapping[str, StatisticsFile],
+    ) -> None:
         self.recipe, self.method, self.fill = recipe, method, fill
         self.checkpoints, self.name = ready.checkpoints, ready.template
         self.template = self.checkpoints[self.name]
         self.first_config = ready.config
         self.problems: list[str] = list(ready.problems)
         self.outputs: list[Output] = []
+        self.data = Data(method, data)
         self.heads = self._heads()
         once = method.max_models == 1
         self.layout = Layout(recipe, self.checkpoints, self.name, self.heads, once)
@@ -171,6 +213,7 @@ class _Planner:
         if self.layout.picks is None:
             self._check_extra()
         self._check_filters()
+        self.problems += self.data.finish()
         if not self.outputs and not self.problems:
             self.problems.append(f"{self.name} holds no tensors to merge")
 
@@ -194,7 +237,9 @@ class _Planner:
         if method.needs_base == "required" and any(base is None for _, base in groups):
             self.problems.append(f"{method.name} needs base_model")
         for group, base in groups:
-            count = len(self._models(group, base))
+            chosen = self._models(group, base)
+            self.data.check([group[i] for i in chosen], self.checkpoints)
+            count = len(chosen)
             if count < method.min_models or (method.max_models is not None and count > method.max_models):
                 upper = "or more" if method.max_models is None else f"to {method.max_models}"
                 self.problems.append(
@@ -238,7 +283,15 @@ class _Planner:
             for i in chosen:
                 levels = [block.sources[i].parameters, *block.levels]
                 each.append(self._values(self.method.model_params, levels, name, position))
-        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied))
+        rows = rows_of(name, self.template.config)
+        data: tuple[Input, ...] = ()
+        if not copied:
+            sources = [block.sources[i] for i in chosen]
+            found = self.data.of(sources, [item.names[i] for i in chosen], self.checkpoints, spec)
+            if found and self.data.inputs_first(*found[0]):
+                rows = "inputs"
+            data = tuple(Input(text, tensor) for text, tensor in found)
+        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied, position, rows, data))
 
     def _holder(self, wanted: Input) -> Input:
         """The input itself, or the same tensor of the model that fills gaps."""

@@ -13,8 +13,8 @@ from model_fusion.mix.combine import combine
 from model_fusion.mix.gates import GATES, GateInputs
 from model_fusion.mix.plan import MixPlan
 from model_fusion.mix.statistics import Statistics, StatisticsFolder, accuracy, collect
-from model_fusion.mix.texts import documents, split, windows
 from model_fusion.recipe.mix import ExpertEntry
+from model_fusion.training.texts import documents, split, windows
 
 WINDOW = 256
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from model_fusion.checkpoint import lineage
 from model_fusion.checkpoint.reader import read_json
 from model_fusion.errors import InputError
-from model_fusion.mix.texts import documents, rows, split, windows
 from model_fusion.recipe.reading import nearest
+from model_fusion.training.texts import documents, rows, split, windows
 
 Texts = Mapping[str, Iterable[Any]]
 

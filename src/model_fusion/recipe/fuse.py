@@ -119,7 +119,8 @@ class ValidationSpec(Strict):
 
 
 class FuseRecipe(Strict):
-    """A fusion. `training` holds fields of `TrainSettings`; `experts` may be left out where a task brings its own."""
+    """A fusion. `training` holds fields of `TrainSettings`; `experts` may be left out where a task brings its own.
+    `keep_language` is the weight of a second loss that keeps the LLM talking as itself of other things."""
 
     base: str = "smollm2"
     experts: dict[str, ExpertSpec] = Field(default_factory=dict)
@@ -127,6 +128,7 @@ class FuseRecipe(Strict):
     data: DataSpec
     validation: ValidationSpec | None = None
     training: dict[str, Any] = Field(default_factory=dict)
+    keep_language: float = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
@@ -157,8 +159,9 @@ class FuseRecipe(Strict):
             raise ValueError(f"the task {self.data.task!r} brings its own expert: remove `experts`")
         if self.data.task is not None and self.validation is not None:
             raise ValueError(f"the task {self.data.task!r} brings its own validation examples: remove `validation`")
-        if "seed" in self.training:
-            raise ValueError("give the seed once, as the recipe's own `seed`, not under `training`")
+        for name in ("seed", "keep_language"):
+            if name in self.training:
+                raise ValueError(f"{name} is the recipe's own key: give it once, not under `training`")
         return self
 
 

@@ -35,16 +35,18 @@ class _Part(BaseModel):
 
 
 class ModelEntry(_Part):
-    """One input model of the whole-model form."""
+    """One input model of the whole-model form. `statistics`: the file that a data-based method takes of it."""
 
     model: str
+    statistics: str | None = None
 
 
 class SliceSource(_Part):
-    """Layers [start, end) of one model."""
+    """Layers [start, end) of one model. `statistics` as of a whole model."""
 
     model: str
     layer_range: tuple[int, int]
+    statistics: str | None = None
 
     @model_validator(mode="after")
     def _range(self) -> "SliceSource":
@@ -124,6 +126,11 @@ class MergeRecipe(_Part):
         slices = [part for owner in owners for part in owner.slices or []]
         models = [entry for owner in owners for entry in owner.models or []]
         return [*owners, *models, *slices, *(source for part in slices for source in part.sources)]
+
+    def statistics(self) -> list[str]:
+        """Every file of statistics that it names, each once."""
+        sources = [part for part in self.parts() if isinstance(part, ModelEntry | SliceSource)]
+        return list(dict.fromkeys(source.statistics for source in sources if source.statistics is not None))
 
     def order(self) -> list[str]:
         """Names of `merges`, each after those it uses."""

@@ -87,7 +87,7 @@ def fuse(
         fused = FusedModel.build(
             plan.recipe.base, experts=plan.experts, bridge=plan.bridge, dtype=dtype, seed=plan.recipe.seed
         )
-        fused.task = {**(plan.task or {}), "training": dataclasses.asdict(plan.settings)}
+        fused.task = {**(plan.task or {}), "training": _training(plan)}
         history = _train(fused, plan, work / STATE, progress) if fused.bridge.trainable else None
         if writes:
             fused.save_pretrained(target)
@@ -123,6 +123,11 @@ def _read(recipe: str | Path | Mapping[str, Any] | FuseRecipe) -> FuseRecipe:
     return recipes.load(Path(recipe)) if isinstance(recipe, str | Path) else recipes.parse(dict(recipe))
 
 
+def _training(plan: Plan) -> dict[str, Any]:
+    """What `fit` is told beside the examples."""
+    return {**dataclasses.asdict(plan.settings), "keep_language": plan.recipe.keep_language}
+
+
 def _train(fused: FusedModel, plan: Plan, state: Path, progress: bool) -> History:
     try:
         return fused.fit(
@@ -131,7 +136,7 @@ def _train(fused: FusedModel, plan: Plan, state: Path, progress: bool) -> Histor
             resume=state,
             keep=True,
             progress=progress,
-            **dataclasses.asdict(plan.settings),
+            **_training(plan),
         )
     except KeyboardInterrupt:
         print("the training so far is kept; continue it with --resume", file=sys.stderr)

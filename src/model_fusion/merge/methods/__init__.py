@@ -3,6 +3,7 @@
 from model_fusion.merge.methods import (
     arcee_fusion,
     dare,
+    data_based,
     della,
     linear,
     model_stock,
@@ -12,6 +13,7 @@ from model_fusion.merge.methods import (
     sce,
     slerp,
     sphere,
+    subspace,
     task_arithmetic,
     ties,
 )
@@ -34,6 +36,7 @@ __all__ = [
 _FAMILIES = (
     arcee_fusion,
     dare,
+    data_based,
     della,
     linear,
     model_stock,
@@ -43,6 +46,7 @@ _FAMILIES = (
     sce,
     slerp,
     sphere,
+    subspace,
     task_arithmetic,
     ties,
 )

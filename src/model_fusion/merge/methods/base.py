@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from model_fusion.architecture.roles import Rows
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.selection import Cut
 
@@ -43,12 +44,18 @@ class Key:
     seed, name: key of the random masks, together with the model's index.
     masks: one bool tensor a model that replaces its random mask (parity tests hand the same to two programs).
     cuts: one trimming cut a model, computed over all tensors (`trim="global"`).
+    depth: where the tensor's layer lies, 0 first (and before the layers), 1 last (and after them); None: unknown.
+    rows: what a matrix's rows stand for: outputs (torch's Linear), inputs (GPT-2's Conv1D), or tokens.
+    data: one statistic a model, of the kind that the method needs; None where this tensor has none.
     """
 
     seed: int = 0
     name: str = ""
     masks: Sequence[Tensor] | None = None
     cuts: Sequence[Cut] | None = None
+    depth: float | None = None
+    rows: Rows = "outputs"
+    data: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ class Method:
     chunk: `(models, base, model_params, params, key, state, start) -> float32`, on flat slices that begin at
         flat element `start`; together the chunks equal the whole tensor bit for bit, wherever they are cut.
     whole: for methods that cannot be cut: `(models, base, model_params, params, key) -> float32`.
+    needs_whole: for methods with both: `(base, params, key)`, whether this tensor goes through `whole`.
+    equal_norms: whether task vectors of very unequal length spoil the result, so that a merge warns of them.
+    needs_data: the kind of statistic that each model must bring, if any. It comes as `key.data`, None for a tensor that
+        has none; such a tensor is the weighted mean.
     """
 
     name: str
@@ -92,6 +103,9 @@ class Method:
     statistics: Statistics | None = None
     chunk: Chunk | None = None
     whole: Whole | None = None
+    needs_whole: Callable[[Tensor, Any, Key], bool] | None = None
+    equal_norms: bool = False
+    needs_data: Literal["gram", "fisher"] | None = None
 
     def check(self, models: Sequence[Tensor], base: Tensor | None, model_params: Sequence[Any]) -> None:
         """Raises InputError where the number of models, the base or the shapes do not fit."""
@@ -161,7 +175,8 @@ class Method:
         self.check(models, base, each)
         if models[0].numel() == 0:
             return lambda out, first: None
-        if self.whole is not None:
+        uncut = self.needs_whole is None or (base is not None and self.needs_whole(base, params, known))
+        if self.whole is not None and uncut:
             wide = [m.float() for m in models]
             result = self.whole(wide, None if base is None else base.float(), each, params, known).reshape(-1)
 
@@ -192,7 +207,7 @@ def register(method: Method) -> Method:
     """Adds a method; raises ValueError where the name is taken."""
     if method.name in _METHODS:
         raise ValueError(f"method {method.name} is registered twice")
-    if (method.chunk is None) == (method.whole is None):
+    if (method.chunk is None) == (method.whole is None) and method.needs_whole is None:
         raise ValueError(f"method {method.name} needs either chunk or whole")
     _METHODS[method.name] = method
     return method

@@ -50,6 +50,12 @@ def dot(a: Tensor, b: Tensor) -> float:
     return total(a * b)
 
 
+def delta_square(model: Tensor, base: Tensor) -> float:
+    """‖model − base‖², in a fixed order."""
+    flat, flat_base = model.reshape(-1), base.reshape(-1)
+    return sum(total(delta(flat[part], flat_base[part]).square_()) for part in parts(flat.numel()))
+
+
 def parts(numel: int) -> Iterator[slice]:
     """The slices of a flat tensor's blocks."""
     return (slice(start, min(start + BLOCK, numel)) for start in range(0, numel, BLOCK))
