@@ -11,10 +11,10 @@ from model_fusion.errors import InputError
 from model_fusion.evaluate.running import kind_of, running
 from model_fusion.evaluate.text_loss import MEASURES, Judged, judged
 from model_fusion.merge.in_memory import Held
-from model_fusion.training.texts import documents
 from model_fusion.recipe.reading import nearest
 from model_fusion.search.held_out import as_files
 from model_fusion.search.study import Direction
+from model_fusion.training.texts import documents
 
 Own = Callable[[Mapping[str, Tensor], Any], float]
 
