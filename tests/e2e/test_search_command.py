@@ -128,6 +128,7 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130, error.decode()
+    assert b"go on with --resume" in error
     assert not (tmp_path / "out").exists()
     tried = sum('"op_code":6' in line for line in (tmp_path / ".out.search/study.journal").read_text().splitlines())
     again = CliRunner().invoke(
