@@ -21,7 +21,7 @@ from eight_tasks_rows import ROWS
 from measure import machine
 from model_fusion.evaluate.statistics import Interval, interval, paired
 
-MORE_ROWS: tuple[str, ...] = ("eight_tasks_databased", "eight_tasks_masks")
+MORE_ROWS: tuple[str, ...] = ("eight_tasks_databased", "eight_tasks_dynamic", "eight_tasks_masks")
 """Modules beside this file that register further rows."""
 AGAINST = "task_arithmetic"
 

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     import model_fusion.search as search
     from model_fusion.checkpoint.statistics import Statistics
     from model_fusion.checkpoint.verify import verify
+    from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
     from model_fusion.dynamic.ensemble import Ensemble, ensemble
+    from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+    from model_fusion.dynamic.parts import exclusive
+    from model_fusion.dynamic.twin import TwinModel
     from model_fusion.evaluate.audit import audit
     from model_fusion.evaluate.safety.audit import audit as audit_safety
     from model_fusion.evaluate.safety.repair import repair as repair_safety
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
+    from model_fusion.run.twin import twin
 
 __version__ = "0.1.0.dev0"
 
@@ -52,6 +57,11 @@ _HOMES = {
     "inspect": "model_fusion.merge.inspect",
     "merge_state_dicts": "model_fusion.merge.methods",
     "verify": "model_fusion.checkpoint.verify",
+    **dict.fromkeys(("TwinForCausalLM", "TwinConfig"), "model_fusion.dynamic.causal_lm"),
+    **dict.fromkeys(("Masks", "consensus", "emr", "tall"), "model_fusion.dynamic.masks"),
+    "TwinModel": "model_fusion.dynamic.twin",
+    "exclusive": "model_fusion.dynamic.parts",
+    "twin": "model_fusion.run.twin",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -84,17 +94,24 @@ __all__ = [
     "IntegrityError",
     "Logit",
     "Lora",
+    "Masks",
     "MissingDependencyError",
     "ModelFusionError",
     "Prefix",
     "Statistics",
     "Tool",
+    "TwinConfig",
+    "TwinForCausalLM",
+    "TwinModel",
     "adamerging",
     "audit",
     "audit_safety",
     "collect_merged_statistics",
     "collect_statistics",
+    "consensus",
+    "emr",
     "ensemble",
+    "exclusive",
     "fuse",
     "inspect",
     "merge",
@@ -102,5 +119,7 @@ __all__ = [
     "mix",
     "repair_safety",
     "search",
+    "tall",
+    "twin",
     "verify",
 ]

@@ -121,17 +121,17 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
     "sce": [change(sce, "elected_sign", lambda real, deltas: torch.zeros_like(real(deltas)))],
     "arcee_fusion": [change(arcee_fusion, "_quartile_threshold", lambda real, *a: 1.5 * real(*a))],
     "nearswap": [forget("t", 0.25)],
-    "safemerge": [
-        change(safemerge, "cosine", lambda real, *a: real(*a) + 0.1),
-        forget("safe_weight", 0.25),
-        forget("threshold", 0.9),
-    ],
     "fisher": [drop_weight, forget("floor", 0.5), change(data_based, "total", lambda real, v: real(v) * 10)],
     "regmean": [
         drop_weight,
         forget("alpha", 0.5),
         forget("ridge", 0.1),
         change(data_based, "shrunk", lambda real, gram, alpha: gram.double()),
+    ],
+    "safemerge": [
+        change(safemerge, "cosine", lambda real, *a: real(*a) + 0.1),
+        forget("safe_weight", 0.25),
+        forget("threshold", 0.9),
     ],
     "ram": [forget("epsilon", 0.1)],
     "tsv_m": [

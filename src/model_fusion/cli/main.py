@@ -10,6 +10,7 @@ import typer
 
 from model_fusion.cli.audit import audit
 from model_fusion.cli.chat import chat
+from model_fusion.cli.dynamic import app as dynamic
 from model_fusion.cli.ensemble import ensemble
 from model_fusion.cli.fuse import fuse
 from model_fusion.cli.generate import generate
@@ -56,6 +57,7 @@ app.command("statistics")(statistics)
 app.command("adamerge")(adamerge)
 app.add_typer(lora, name="lora")
 app.add_typer(mix, name="mix")
+app.add_typer(dynamic, name="dynamic")
 
 
 def main() -> None:

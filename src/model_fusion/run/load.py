@@ -29,8 +29,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 def open_checkpoint(folder: Path) -> FusedModel:
     """The causal LM in `folder` as a fused model without experts: asked in the same way. Raises InputError."""
-    if json.loads((folder / "config.json").read_text()).get("model_type") == "query_mixture":
-        import model_fusion.mix.query  # noqa: F401  (registers the one class that is ours)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == "query_mixture":
+        import model_fusion.mix.query  # (registers a class that is ours)
+    elif kind == "model_fusion_twin":
+        import model_fusion.dynamic.causal_lm  # noqa: F401  (registers a class that is ours)
     source = resolve_llm(folder)
     fused = FusedModel(*load_llm(source), {}, source)
     fused.add_bridge("default", "tool")
