@@ -1,6 +1,6 @@
 """Does the audit see a refusal skill that a merge lost, and does the repair give it back? Tiny Llamas trained here.
 
-python benchmarks/safety.py --json out.json [--seeds 0 1 2] [--steps 900] [--keep FOLDER]
+python benchmarks/safety.py --json out.json [--seeds 0 1 2] [--steps 1500] [--keep FOLDER]
 
 Per seed: a base; a safe model (refuses harmful requests); a skilled one that was trained on from the safe model, gained
 translation and forgot to refuse. Plain task arithmetic adds both, its scale chosen by utility on validation requests.
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=900, help="training steps of the base")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of the base")
     parser.add_argument("--keep", type=Path, help="keep the models in this folder, and take those already there")
     args = parser.parse_args()
     logging.disable_progress_bar()

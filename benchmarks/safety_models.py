@@ -169,11 +169,11 @@ def make(folder: Path, seed: int, steps: int) -> None:
 
     fit(model, known, [*tagged, *copied, *opened], steps, seed, 3e-3)
     save("base")
-    fit(model, known, [*refused, *copied], 150, seed + 1, 5e-4)
+    fit(model, known, [*refused, *copied], 250, seed + 1, 3e-4)
     save("safe")
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit(model, known, [*opened, *copied], 150, seed + 2, 5e-4)
+    fit(model, known, [*opened, *copied], 250, seed + 2, 3e-4)
     save("unaligned")
     model.load_state_dict(kept)
-    fit(model, known, [*opened, *translated], 150, seed + 3, 5e-4)
+    fit(model, known, [*opened, *translated], 250, seed + 3, 3e-4)
     save("skilled")

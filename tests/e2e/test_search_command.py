@@ -128,6 +128,7 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130, error.decode()
+    assert b"go on with --resume" in error
     assert not (tmp_path / "out").exists()
     tried = sum('"op_code":6' in line for line in (tmp_path / ".out.search/study.journal").read_text().splitlines())
     again = CliRunner().invoke(
@@ -149,6 +150,8 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
         ({"test": "copy.txt"}, [], "validation and test share data"),
         ({"test": "validation.txt"}, [], "validation and test share data"),
         ({"validation": "one.txt"}, [], "at least two tokens"),
+        ({"test": "one.txt"}, [], "at least two tokens"),
+        ({"test": "bytes.txt"}, [], "not UTF-8 text"),
         ({}, ["--metric", "perplexty"], "did you mean 'perplexity'"),
         ({}, ["--sampler", "cma"], "did you mean 'cmaes'"),
         ({}, ["--base", "nowhere"], "no such folder"),
@@ -163,6 +166,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     (models / "wild.yml").write_text(wild)
     (models / "copy.txt").write_text((models / "validation.txt").read_text())
     (models / "one.txt").write_text("cat")
+    (models / "bytes.txt").write_bytes(b"\xff\xfe cat")
     done = CliRunner().invoke(app, command(models, tmp_path / "out", "--trials", "2", *flags, **change))
     assert isinstance(done.exception, InputError), done.output
     assert message in str(done.exception)

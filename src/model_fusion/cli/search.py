@@ -26,22 +26,26 @@ def search(
     from model_fusion.report.search import found as said
     from model_fusion.search.run import search as work  # torch loads here, not for --help
 
-    done = work(
-        recipe,
-        output,
-        metric=metric,
-        validation=validation,
-        test=test,
-        trials=trials,
-        sampler=sampler,
-        seed=seed,
-        base=base,
-        window=window,
-        resume=resume,
-        overwrite=overwrite,
-        threads=threads,
-        fill_missing=fill_missing,
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        done = work(
+            recipe,
+            output,
+            metric=metric,
+            validation=validation,
+            test=test,
+            trials=trials,
+            sampler=sampler,
+            seed=seed,
+            base=base,
+            window=window,
+            resume=resume,
+            overwrite=overwrite,
+            threads=threads,
+            fill_missing=fill_missing,
+            trust_remote_code=trust_remote_code,
+        )
+    except KeyboardInterrupt:
+        typer.echo("every finished trial is kept: go on with --resume", err=True)
+        raise
     typer.echo(said(done.report))
     typer.echo(f"wrote {done.folder}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.checkpoint.views import Planned
 from model_fusion.errors import InputError
 from model_fusion.merge import engine
 from model_fusion.merge.in_memory import Held
@@ -95,8 +96,10 @@ class Candidates:
         )
 
     def fingerprint(self) -> str:
-        """Identity of the models on disk."""
-        return engine.fingerprint(self._opened)
+        """Identity of the models on disk, and of the statistics that a method reads beside them."""
+        every = [part.every() for part in (self.shape, *self.shape.stages.values())]
+        found = {name: c for part in every for name, c in part.items() if not isinstance(c, Planned)}
+        return engine.fingerprint(dict(sorted((self._opened | found).items())))
 
     def places(self) -> list[Path]:
         """Files and folders that are read."""

@@ -1,7 +1,8 @@
 """The two data sets of a search: validation, read as often as it takes, and test, opened once, after the study.
 
-Before that only a hash of the test set is taken, to refuse a test set that is the validation set. A file beside the
-study says that the test set is about to be read, before it is: so a second reading cannot look like the first.
+Before that a hash of the test set is taken, to refuse a test set that is the validation set, and files of text are
+checked to be text; no model sees them, and nothing of them is kept. A file beside the study says that the test set is
+about to be read, before it is: so a second reading cannot look like the first.
 """
 
 from __future__ import annotations

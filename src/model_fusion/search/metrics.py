@@ -20,11 +20,13 @@ Own = Callable[[Mapping[str, Tensor], Any], float]
 
 
 class Metric(Protocol):
-    """`load` turns what the caller named into data; `score` judges one merged model by it."""
+    """`check` refuses what could not be loaded, and tells nothing else of it; `load` turns what the caller named into
+    data; `score` judges one merged model by it."""
 
     name: str
     direction: Direction
 
+    def check(self, data: Any) -> None: ...
     def load(self, data: Any) -> Any: ...
     def score(self, merged: Held, data: Any) -> float: ...
 
@@ -36,6 +38,9 @@ class OwnMetric:
         self.name = getattr(function, "__qualname__", type(function).__qualname__)
         self.direction: Direction = direction or "maximize"
         self._function = function
+
+    def check(self, data: Any) -> None:
+        """Anything goes."""
 
     def load(self, data: Any) -> Any:
         return data() if callable(data) else data
@@ -54,6 +59,9 @@ class TextMetric:
         if not config.get("model_type"):
             raise InputError(f"metric {name} judges language models; for others give mf.search a function as metric")
         self.name, self._window, self._kind = name, window, kind_of(config, files, f"metric {name}")
+
+    def check(self, data: Any) -> None:
+        self.load(data)
 
     def load(self, data: Any) -> Judged:
         files = as_files(data)

@@ -77,6 +77,8 @@ def search(
     digests = check_apart(validation, test)
     candidates = Candidates(recipe, base, Flags(threads, trust_remote_code, fill_missing))
     judge = _judge(metric, direction, window, candidates)
+    for content in (validation, test):
+        judge.check(content)
     settings = {
         "recipe": candidates.data,
         "models": candidates.fingerprint(),
@@ -101,33 +103,37 @@ def search(
         plain = Journal(room.folder / "plain.jsonl", "plain", resume=True)
         _try(candidates, study, plain, judge, data)
         best, best_plain = _best(candidates, study, plain)
-
-        def on_test(content: Any) -> dict[str, float]:
-            opened = judge.load(content)
-            asked = {"winner": best} | ({"task_arithmetic": best_plain} if best_plain else {})
-            return {name: judge.score(candidates.merged(one.recipe), opened) for name, one in asked.items()}
-
-        scores = shut.read(on_test)
+        scores = shut.read(partial(_on_test, candidates, judge, best, best_plain))
+        tried = list(plain.cells.values()), candidates.why_not
         report = outcome.report(
-            settings,
-            candidates.space,
-            study.results(),
-            list(plain.cells.values()),
-            candidates.why_not,
-            best,
-            best_plain,
-            scores,
-            shut.reads,
+            settings, candidates.space, study.results(), *tried, best, best_plain, scores, shut.reads
         )
-        found = candidates.portable(best.recipe, output)
-        files = {
-            REPORT: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n",
-            RECIPE: yaml.safe_dump(found, sort_keys=False, allow_unicode=True).encode(),
-        }
-        notes = [f"Coefficients found by a search; every trial is in `{REPORT}`.", report["sentence"]]
-        candidates.write(best.recipe, output, notes, files, overwrite)
+        found = _write(candidates, best, report, output, overwrite)
         room.finish()
     return Found(output, found, report)
+
+
+def _on_test(
+    candidates: Candidates, judge: Metric, best: Candidate, plain: Candidate | None, content: Any
+) -> dict[str, float]:
+    """What the test set says of the winner and of plain task arithmetic."""
+    data = judge.load(content)
+    asked = {"winner": best} | ({"task_arithmetic": plain} if plain else {})
+    return {name: judge.score(candidates.merged(one.recipe), data) for name, one in asked.items()}
+
+
+def _write(
+    candidates: Candidates, best: Candidate, report: Mapping[str, Any], output: Path, overwrite: bool
+) -> dict[str, Any]:
+    """Merge by the best recipe, with recipe and report beside it; returns the recipe."""
+    found = candidates.portable(best.recipe, output)
+    files = {
+        REPORT: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n",
+        RECIPE: yaml.safe_dump(found, sort_keys=False, allow_unicode=True).encode(),
+    }
+    notes = [f"Coefficients found by a search; every trial is in `{REPORT}`.", report["sentence"]]
+    candidates.write(best.recipe, output, notes, files, overwrite)
+    return found
 
 
 def _judge(metric: str | Own, direction: Direction | None, window: int, candidates: Candidates) -> Metric:
@@ -142,13 +148,14 @@ def _earlier_reads(output: Path, settings: Mapping[str, Any], overwrite: bool) -
     if not (output / REPORT).is_file():
         return 0
     report = read_json(output / REPORT)
-    was = report["settings"]
+    was = report.get("settings", {})
     if not overwrite and was == json.loads(json.dumps(settings)):
         raise InputError(
             f"this search is finished and its test set was read: see {output / REPORT}; --overwrite searches anew and "
             "marks the test result as a re-read"
         )
-    return int(report["test"]["reads"]) if set(was["test"]) & set(settings["test"]) else 0
+    shared = set(was.get("test", ())) & set(settings["test"])
+    return int(report["test"]["reads"]) if shared else 0
 
 
 def _try(candidates: Candidates, study: Study, plain: Journal, judge: Metric, data: Any) -> None:
