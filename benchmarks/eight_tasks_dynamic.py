@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 
 import torch
@@ -45,12 +46,15 @@ def judged(setting: Setting, twin: TwinModel, split: str) -> list[float]:
     return [accuracy(twin(part.x), head, part.y) for part, head in zip(parts, setting.heads, strict=True)]
 
 
-def twin_row(fraction: float) -> None:
-    @row(f"twin rank {fraction:g}", "dynamic")
+def twin_row(fraction: float, method: str = "task_arithmetic", scales: Sequence[float] = LAMBDAS) -> None:
+    """Twin on a shared network merged by `method`; its factor is chosen on validation."""
+    on = "" if method == "task_arithmetic" else f" on {method}"
+
+    @row(f"twin rank {fraction:g}{on}", "dynamic")
     def run(setting: Setting) -> Result:
         best: tuple[float, float, TwinModel, Routed] | None = None
-        for scale in LAMBDAS:
-            state = merge_state_dicts("task_arithmetic", setting.experts, setting.base, lambda_=scale)
+        for scale in scales:
+            state = merge_state_dicts(method, setting.experts, setting.base, lambda_=scale)
             shared = network(state)
             routed = route(setting, shared)
             twin = TwinModel(shared, exclusive(state, setting.experts, fraction), routed.router)
@@ -67,6 +71,7 @@ def twin_row(fraction: float) -> None:
 
 twin_row(0.1)
 twin_row(0.25)
+twin_row(0.1, "tsv_m", [0.3, 0.5, 0.7])
 
 
 @row("output averaging", "dynamic")

@@ -49,10 +49,11 @@ class Caches:
 
 
 class AveragedModels(PreTrainedModel, GenerationMixin):
-    """log Σ wᵢ pᵢ as logits, p softmaxes of the members' own logits, w positive and summing to one.
+    """log Σ wᵢ pᵢ + c as logits, p softmaxes of the members' own logits, w positive and summing to one, and c what the
+    first member's logits have beyond its log-probabilities, so that a penalty that reads logits acts as it does alone.
 
     `forward` and `generate` take what a causal LM takes. A member that stands alone, or equal members, give exactly
-    that member's log-probabilities: the sum is taken relative to the largest term."""
+    that member's logits: the sum is taken relative to the largest term."""
 
     config_class = AveragedConfig
     main_input_name = "input_ids"
@@ -87,10 +88,10 @@ class AveragedModels(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **ignored: Any,
     ) -> CausalLMOutputWithPast:
-        """Float32 logits [B, K, V] (the mean's log-probabilities), and the loss over `labels`, −100 ignored."""
+        """Float32 logits [B, K, V], and the loss over `labels`, −100 ignored."""
         if use_cache and past_key_values is None:
             past_key_values = Caches(self.members)
-        found = []
+        raw = []
         for number, member in enumerate(self.members):
             cache = None if past_key_values is None else past_key_values.each[number]
             out = member(
@@ -101,8 +102,11 @@ class AveragedModels(PreTrainedModel, GenerationMixin):
                 use_cache=cache is not None,
                 logits_to_keep=logits_to_keep,
             )
-            found.append(out.logits[..., : self.size].float().log_softmax(-1).to(self.shares.device))
-        logits = mean_of(found, self.shares)
+            raw.append(out.logits[..., : self.size].float().to(self.shares.device))
+        found = [one.log_softmax(-1) for one in raw]
+        mean = mean_of(found, self.shares)
+        # where nothing changed, the first member's own bits
+        logits = torch.where(mean == found[0], raw[0], mean + raw[0].logsumexp(-1, keepdim=True))
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(

@@ -92,6 +92,11 @@ def train_router(
         missing = sorted(set(range(experts)) - set(data.labels.tolist()))
         if missing:
             raise InputError(f"the router has no {what} rows of expert {missing[0]}: give more text")
+    rows = len(training.labels)
+    batch = min(settings.batch_size, rows)
+    if batch < 2:
+        raise InputError(f"BatchNorm needs batches of at least 2 rows, got batch_size {batch}")
+    rows -= rows % batch == 1  # a last batch of one row has no statistics: that row is left out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         router = Router(training.features.shape[1], experts, dropout)
@@ -101,9 +106,7 @@ def train_router(
             return measure(router, validation)
 
         objective = _Objective(router, training)
-        history = train(
-            objective, list(router.parameters()), len(training.labels), validate, settings, progress=progress
-        )
+        history = train(objective, list(router.parameters()), rows, validate, settings, progress=progress)
         router.settle(training.features)
     return Routed(router.requires_grad_(False), measure(router, validation).score, history)
 

@@ -1,5 +1,7 @@
 """The router: learns separable tasks, and what is kept is what was validated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,12 @@ def test_settled_statistics_are_those_of_the_rows() -> None:
     router.settle(data)
     settled = router(data)
     torch.testing.assert_close(router.train()(data), settled, atol=1e-4, rtol=1e-4)
+
+
+def test_a_last_batch_of_one_row_does_not_stop_it() -> None:
+    assert train_router(rows(0, 33), rows(1), 3, settings=SETTINGS, progress=False).validation > 0.8
+    with pytest.raises(InputError, match="at least 2 rows"):
+        train_router(rows(0), rows(1), 3, settings=replace(SETTINGS, batch_size=1), progress=False)
 
 
 def test_an_expert_without_rows_is_refused() -> None:
