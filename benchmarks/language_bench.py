@@ -6,8 +6,8 @@ The experts (benchmarks/language_data/adapters) were trained on dialogue, Python
 Perplexity on held-out text of each kind; `kept` is the share of an expert's own gain over the base, in nats a token,
 that the merged model has on that expert's text. Each method's setting is chosen from its few candidates by the mean
 `kept` on the validation texts; the table is of the test texts. Bytes are those of the weights on disk. With
-`--journal`, finished rows are kept. Methods that take one or two models are left out, and named. fisher and regmean
-read 2,048 tokens of each expert's validation text.
+`--journal`, finished rows are kept. Methods that take one or two models, or an aligned one, are left out, and named.
+fisher and regmean read 2,048 tokens of each expert's validation text, the router of twin reads all of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import model_fusion as mf
+from language_bench_twin import measure as measure_twin
 from language_texts import DOMAINS
 from measure import machine
 from model_fusion.checkpoint.llm import resolve_llm
@@ -75,8 +76,8 @@ CANDIDATES: dict[str, list[Setting]] = {
     "fisher": PLAIN,
     "regmean": PLAIN,
 }
-ONE_OR_TWO = ("arcee_fusion", "nearswap", "nuslerp", "passthrough", "slerp")
-"""Take one or two models; four experts would need a tree of merges."""
+ONE_OR_TWO = ("arcee_fusion", "nearswap", "nuslerp", "passthrough", "safemerge", "slerp")
+"""Take one or two models, four experts would need a tree of merges; or, safemerge, repair one fine-tune."""
 
 
 def texts(side: str, characters: int) -> dict[str, str]:
@@ -190,10 +191,22 @@ class Bench:
 
         return self.cell(f"method/{name}", make)
 
+    def twin(self) -> dict[str, Any]:
+        """Twin-Merging: see `language_bench_twin.py`."""
+
+        def make() -> dict[str, Any]:
+            experts = {name: expert(name) for name in DOMAINS}
+            read = {name: DATA / f"{name}.validation.txt" for name in DOMAINS}
+            with tempfile.TemporaryDirectory() as root:
+                found = measure_twin(experts, read, self.held["test"], Path(root) / "twin")
+            return {**found, "kept": self.kept(found["nats"], "test")}
+
+        return self.cell("method/twin", make)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(CANDIDATES))
+    parser.add_argument("--methods", default=",".join((*CANDIDATES, "twin")))
     parser.add_argument("--characters", type=int, default=12_000, help="of each test text; a third of it to choose on")
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--json", type=Path)
@@ -209,13 +222,13 @@ def main() -> None:
         own = bench.own(name)["test"]
         table.add_row(f"expert {name}", *(f"{math.exp(own[d]):.2f}" for d in DOMAINS), "", "1.5", "")
     for name in a.methods.split(","):
-        row = bench.method(name, CANDIDATES[name])
+        row = bench.twin() if name == "twin" else bench.method(name, CANDIDATES[name])
         shown = [f"{math.exp(row['nats'][d]):.2f} ({row['kept'][d]:.2f})" for d in DOMAINS]
         mean = sum(row["kept"].values()) / len(DOMAINS)
         table.add_row(name, *shown, f"{mean:.2f}", f"{row['bytes'] / 1e6:.0f}", json.dumps(row["setting"]))
-        print(name, f"{mean:.3f}", row["setting"], f"{row['cpu']:.0f} s", flush=True)
+        print(name, f"{mean:.3f}", row["setting"], f"{row['cpu']:.0f} s", row.get("router", ""), flush=True)
     console.print(table)
-    print("left out, since they take one or two models:", ", ".join(ONE_OR_TWO))
+    print("left out, since they take one or two models, or need an aligned one:", ", ".join(ONE_OR_TWO))
     about = machine() | {"torch": torch.__version__, "characters": a.characters, "seeds": "one training of each expert"}
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     if a.json:

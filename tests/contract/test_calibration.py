@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model_fusion as mf
+from calibration_fixtures import Batches, mlp, vectors
 from model_fusion.errors import InputError
-from model_fusion.merge.calibration import collect, entropy, layers, propagate
+from model_fusion.merge.calibration import collect, layers, propagate, replay
 from tiny_llm import tiny_llama, word_tokenizer
 
 Patch = pytest.MonkeyPatch
-Batches = list[Any]
 
 
 def llama(seed: int = 0) -> nn.Module:
@@ -32,13 +32,6 @@ def llama(seed: int = 0) -> nn.Module:
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=11, n_positions=16, n_inner=40))
-
-
-def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(seed)
-    sizes = [(6, 9), (9, 9), (9, 4)]
-    parts = [part for a, b in sizes for part in (nn.Linear(a, b), nn.Tanh())]
-    return nn.Sequential(*parts[:-1]).to(dtype)
 
 
 class Cnn(nn.Module):
@@ -61,10 +54,6 @@ def tokens(rows: int = 3) -> Batches:
 
 def images() -> Batches:
     return list(torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1)).split(2))
-
-
-def vectors(seed: int = 1, dtype: torch.dtype = torch.float32) -> Batches:
-    return list(torch.randn(7, 6, generator=torch.Generator().manual_seed(seed)).to(dtype).split(3))
 
 
 # --- Gram matrices ---
@@ -298,14 +287,23 @@ def with_weights(module: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
     module.load_state_dict(before)
 
 
-def test_a_transformers_layer_keeps_its_own_weights_while_it_is_measured() -> None:
+def without_cache(batches: Batches) -> Batches:
+    return [{**batch, "use_cache": False} for batch in batches]
+
+
+def layers_agree(data: list[Batches], monkeypatch: Patch) -> bool:
     """Layer ℓ's Gram matrices are those of a model whose layers before ℓ (and embedding) are the merged ones."""
-    models, data = [llama(seed) for seed in (1, 2)], [tokens(3), tokens(2)]
+    models = [llama(seed) for seed in (1, 2)]
+    used: list[bool] = []
+    real = replay.Replay.record
+    monkeypatch.setattr(propagate.Replay, "record", lambda *a: used.append(found := real(*a)) or found)
     before = [{n: t.clone() for n, t in m.state_dict().items()} for m in models]
     found = mf.collect_merged_statistics(models, data, weights=[1.0, 0.5])
     each = [{"weight": 1.0}, {"weight": 0.5}]
     states = [m.state_dict() for m in models]
     merged = mf.merge_state_dicts("regmean", states, model_params=each, statistics=found)
+    assert [one is not None for one in used] == ["use_cache" in data[0][0]]
+    right = []
     for layer in range(3):
         done = ("model.embed", "lm_head", *(f"model.layers.{n}." for n in range(layer)))
         for model, batches, own in zip(models, data, found, strict=True):
@@ -313,84 +311,71 @@ def test_a_transformers_layer_keeps_its_own_weights_while_it_is_measured() -> No
             with with_weights(model, mixed):
                 want = mf.collect_statistics(model, batches, only=[f"layers.{layer}."])
             assert len(want) == 7
-            assert all(torch.allclose(own[n], want[n], rtol=1e-4, atol=1e-5 * float(want[n].max())) for n in want)
+            right += [torch.allclose(own[n], want[n], rtol=1e-4, atol=1e-5 * float(want[n].max())) for n in want]
     for model, old in zip(models, before, strict=True):
         assert all(torch.equal(tensor, old[name]) for name, tensor in model.state_dict().items())
+    return all(right)
 
 
-# --- AdaMerging ---
+@pytest.mark.parametrize("change", [list, without_cache])
+def test_a_layer_is_measured_after_merged_layers(change: Callable[[Batches], Batches], monkeypatch: Patch) -> None:
+    assert layers_agree([change(tokens(3)), change(tokens(2))], monkeypatch)
 
 
-def naive_adamerging(base: nn.Module, models: list[nn.Module], data: list[Batches], steps: int) -> Tensor:
-    """torch.func.functional_call and autograd through the whole sum, float64."""
-    start = {name: p.detach() for name, p in base.named_parameters()}
-    tasks = [{n: p.detach() - start[n] for n, p in m.named_parameters()} for m in models]
-    raw = torch.full((len(models), len(start)), 0.3, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([raw], lr=0.05)
-    for step in range(steps):
-        shares = raw.clamp(0, 1)
-        merged = {
-            n: t + sum(shares[k, i] * task[n] for k, task in enumerate(tasks)) for i, (n, t) in enumerate(start.items())
-        }
-        loss = torch.zeros((), dtype=torch.float64)
-        for batches in data:
-            logits = torch.func.functional_call(base, merged, (batches[step % len(batches)],))
-            loss = loss + torch.distributions.Categorical(logits=logits).entropy().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return raw.detach().clamp(0, 1)
+def test_the_layer_check_goes_red_where_a_replay_stands_still(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(propagate.Replay, "advance", lambda *a: None)
+    assert not layers_agree([without_cache(tokens(3)), without_cache(tokens(2))], monkeypatch)
 
 
-def adamerging_agrees() -> bool:
-    base, *models = (mlp(seed, torch.float64) for seed in range(4))
-    data = [vectors(seed, torch.float64) for seed in range(3)]
-    found = mf.adamerging(base, models, data, steps=20, learning_rate=0.05)
-    want = naive_adamerging(base, models, data, 20)
-    got = torch.tensor([list(one.values()) for one in found.weights], dtype=torch.float64)
-    assert want.min() == 0  # the bound was met
-    assert want.max() > 0.5
-    assert found.entropy[-1] < found.entropy[0]
-    return torch.allclose(got, want, rtol=0, atol=1e-5)
-
-
-def test_adamerging_equals_autograd_through_the_sum() -> None:
-    assert adamerging_agrees()
-
-
-def test_the_adamerging_check_goes_red(monkeypatch: Patch) -> None:
-    real = entropy._slopes
-    monkeypatch.setattr(entropy, "_slopes", lambda weights, tasks: real(weights, tasks).roll(1, 0))
-    assert not adamerging_agrees()
-
-
-class Deep(nn.Module):
-    """Names that are parts of other names."""
+class Hands(nn.Module):
+    """Layers that hand a second tensor on, which a replay would keep from before the merge."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(12))
-        self.inner = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(3, 3)])})
-        self.norm = nn.BatchNorm1d(3)
+        self.layers = nn.ModuleList(Pair() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.layers, *self.inner["layers"]):
-            x = x + layer(x)
-        return self.norm(x)
+        y = x
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return x
 
 
-def test_coefficients_reach_their_own_tensors() -> None:
-    base, *models = (Deep(seed) for seed in range(3))
-    found = mf.adamerging(base, models, [[torch.randn(4, 3)]], steps=3, learning_rate=0.1)
-    states = [m.state_dict() for m in models]
-    merged = mf.merge_state_dicts("task_arithmetic", states, base.state_dict(), found.parameters())
-    assert len({round(v, 9) for v in found.weights[0].values()}) > 3
-    for name, tensor in base.state_dict().items():
-        if tensor.is_floating_point():
-            values = [one.get(name, 0.3) for one in found.weights]
-            want = tensor + sum(v * (s[name] - tensor) for v, s in zip(values, states, strict=True))
-            assert torch.allclose(merged[name], want, atol=1e-6), name
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x) + y, self.two(y).tanh()
+
+
+class Routed(nn.Module):
+    """A layer one of whose parts runs on some batches only."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList([Pair()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers[0].one if float(x.sum()) < 0 else self.layers[0].two)(x)
+
+
+def test_parts_that_the_first_batch_did_not_reach_are_measured() -> None:
+    batches = [-torch.ones(2, 6), torch.ones(2, 6)]
+    found = mf.collect_merged_statistics([Routed(1), Routed(2)], [batches, batches])
+    assert all(set(own) == {"layers.0.one.weight", "layers.0.two.weight"} for own in found)
+
+
+def test_layers_that_hand_more_on_are_not_replayed() -> None:
+    models, data = [Hands(seed) for seed in (1, 2)], [vectors(1), vectors(2)]
+    found = mf.collect_merged_statistics(models, data)
+    merged = mf.merge_state_dicts("regmean", [m.state_dict() for m in models], statistics=found)
+    with with_weights(models[0], merged):
+        want = mf.collect_statistics(models[0], data[0])
+    assert torch.allclose(found[0]["layers.2.two.weight"], want["layers.2.two.weight"], rtol=1e-4, atol=1e-6)
 
 
 # --- what cannot be ---

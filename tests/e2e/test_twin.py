@@ -82,7 +82,7 @@ def test_the_shared_model_is_the_merge_and_full_rank_gives_the_experts_back(made
 def test_generate_command_opens_it(made: Path) -> None:
     [(_, said)] = generate(made / "out", prompt="THE CAT", max_new_tokens=4)
     tokenizer, twin = AutoTokenizer.from_pretrained(made / "out"), mf.TwinForCausalLM.from_pretrained(made / "out")
-    ids = tokenizer("THE CAT", return_tensors="pt")["input_ids"]
+    ids = tokenizer("THE CAT\n", return_tensors="pt")["input_ids"]  # what the command asks without a chat template
     out = twin.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert said == tokenizer.decode(out[0, ids.shape[1] :])
 

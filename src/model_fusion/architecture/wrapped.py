@@ -24,7 +24,8 @@ class WrappedConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        return self.text_config if self.text_config is not None else self
+        inner = self.text_config
+        return self if inner is None else inner.get_text_config(decoder=decoder, encoder=encoder)
 
 
 @contextmanager

@@ -15,23 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from model_fusion.architecture.wrapped import WrappedConfig, kernels_kept
 from model_fusion.dynamic.parts import Parts
 from model_fusion.dynamic.twin import TwinModel
 from model_fusion.errors import InputError
 
 MODEL_TYPE = "model_fusion_twin"
-KERNELS = ("_attn_implementation", "_experts_implementation")
 
 
-class TwinConfig(PretrainedConfig):
+class TwinConfig(WrappedConfig):
     """`text_config` is the shared model's config; `experts` their names in the order of the weights. `built` says how
     the twin was made; `files` has the SHA-256 of every other file."""
 
     model_type = MODEL_TYPE
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
@@ -43,12 +42,8 @@ class TwinConfig(PretrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config, self.experts = text_config, list(experts)
-        self.built, self.files = dict(built or {}), dict(files or {})
-        super().__init__(**options)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        return self.text_config if self.text_config is not None else self
+        self.experts, self.built, self.files = list(experts), dict(built or {}), dict(files or {})
+        super().__init__(text_config, **options)
 
 
 @dataclass
@@ -89,12 +84,8 @@ class TwinForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self, shared: Any, parts: Parts, router: nn.Module | None, experts: Sequence[str], built: Any = None
     ) -> None:
-        # PreTrainedModel resets these in every config it holds
-        kernels = {key: getattr(shared.config, key) for key in KERNELS if hasattr(shared.config, key)}
-        attention = kernels.get("_attn_implementation")
-        super().__init__(TwinConfig(shared.config, experts, built, attn_implementation=attention))
-        for key, value in kernels.items():
-            setattr(shared.config, key, value)
+        with kernels_kept(shared.config) as kernels:
+            super().__init__(TwinConfig(shared.config, experts, built, **kernels))
         self.twin = TwinModel(shared.requires_grad_(False), parts, router, self._features)
         if self.twin.experts != len(experts):
             raise InputError(f"{len(experts)} experts are named, the parts are of {self.twin.experts}")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import Rows, has_row_a_token, rows_of, tied
+from model_fusion.architecture.roles import Rows, depth_of, has_row_a_token, rows_of, stacks, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -202,6 +202,7 @@ class _Planner:
         once = method.max_models == 1
         self.layout = Layout(recipe, self.checkpoints, self.name, self.heads, once)
         self.problems += self.layout.problems
+        self.lengths = stacks(item.out for item in self.layout.items)
         # a text model has no tower: what lies outside the backbone may be one model's alone
         outside = multimodal(self.template.config)
         self.shared = set(backbone(self.template.names)) if outside else set(self.template.names)
@@ -283,7 +284,7 @@ class _Planner:
             for i in chosen:
                 levels = [block.sources[i].parameters, *block.levels]
                 each.append(self._values(self.method.model_params, levels, name, position))
-        rows = rows_of(name, self.template.config)
+        depth, rows = depth_of(item.out, self.lengths), rows_of(name, self.template.config)
         data: tuple[Input, ...] = ()
         if not copied:
             sources = [block.sources[i] for i in chosen]
@@ -291,7 +292,7 @@ class _Planner:
             if found and self.data.inputs_first(*found[0]):
                 rows = "inputs"
             data = tuple(Input(text, tensor) for text, tensor in found)
-        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied, position, rows, data))
+        self.outputs.append(Output(spec, tuple(inputs), base_input, tuple(each), params, copied, depth, rows, data))
 
     def _holder(self, wanted: Input) -> Input:
         """The input itself, or the same tensor of the model that fills gaps."""

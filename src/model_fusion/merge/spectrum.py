@@ -33,7 +33,7 @@ class Matrix:
 
     def transposed_times(self, left: Tensor) -> Tensor:
         """[columns, w] of a [rows, w]."""
-        total = torch.zeros(self.shape[1], left.shape[1])
+        total = torch.zeros(self.shape[1], left.shape[1], device=left.device)
         for place, block in self.blocks():
             total.addmm_(block.T, left[place])
         return total
@@ -61,7 +61,9 @@ def leading(matrix: Matrix, count: int, seed: int = 0, power: int = POWER) -> Le
     (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1)."""
     wide = min(count + OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(seed)
-    basis = _orthonormal(matrix.times(torch.randn(matrix.shape[1], wide, generator=generator)))
+    # drawn on the CPU, so that a seed means the same on every device
+    start = torch.randn(matrix.shape[1], wide, generator=generator).to(matrix.rows(0, 1).device)
+    basis = _orthonormal(matrix.times(start))
     for _ in range(power):
         basis = _orthonormal(matrix.times(_orthonormal(matrix.transposed_times(basis))))
     u, s, vh = torch.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)

@@ -124,3 +124,40 @@ def test_what_does_not_fit_is_named(case: str) -> None:
     change(states[1])
     with pytest.raises(InputError, match=message):
         mf.merge_state_dicts("linear", states)
+
+
+def test_parameters_of_models_may_be_filters_or_a_gradient() -> None:
+    states = [{f"layers.{i}.w": torch.full((2,), float(v)) for i in range(3)} for v in (1, 3)]
+    base = {name: torch.zeros(2) for name in states[0]}
+    filters = [{"filter": "layers.1", "value": 0.5}, {"value": 0.0}]
+    merged = mf.merge_state_dicts("task_arithmetic", states, base, [{"weight": filters}, {"weight": [0.0, 1.0]}])
+    assert [float(merged[f"layers.{i}.w"][0]) for i in range(3)] == [0.0, 2.0, 3.0]
+    plain = [{"w": t} for t in (torch.ones(2), torch.ones(2))]
+    with pytest.raises(InputError, match="depth="):
+        mf.merge_state_dicts("linear", plain, model_params=[{"weight": [0.0, 1.0]}, {}])
+    each = [{"density": [{"filter": "layers.1", "value": 0.5}, {"value": 1.0}]}, {}]
+    with pytest.raises(InputError, match="one density"):
+        mf.merge_state_dicts("ties", states, base, each, trim="global")
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        (None, "regmean needs statistics="),
+        ([{}, {}], "hold nothing"),
+        ([{"w": torch.eye(2)}], "2 state dicts but statistics for 1"),
+        ([{"w": torch.eye(2)}, {}], "no statistic of 'w' for model 1"),
+        ([{"odd": torch.eye(2)}] * 2, "'odd', which the state dicts do not have"),
+        ([{"w": torch.eye(3)}] * 2, "takes 2 inputs"),
+        ([{"w": torch.full((2, 2), float("nan"))}] * 2, "NaN"),
+        ([mf.Statistics("fisher", {"w": torch.eye(2)}, 1)] * 2, "takes gram statistics"),
+    ],
+)
+def test_statistics_that_do_not_fit(statistics: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mf.merge_state_dicts("regmean", [{"w": torch.ones(2, 2)}, {"w": torch.eye(2)}], statistics=statistics)
+
+
+def test_a_method_without_data_takes_no_statistics() -> None:
+    with pytest.raises(InputError, match="linear takes no statistics"):
+        mf.merge_state_dicts("linear", [{"w": torch.ones(2)}] * 2, statistics=[{}, {}])

@@ -1,5 +1,6 @@
 """Subspace methods: what counts as a matrix, LoRA-rank and unequal task vectors, depth, degenerate inputs."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import model_fusion as mf
 from merge_fixtures import LAYERS, tensors, write
 from model_fusion.checkpoint.reader import open_checkpoint
 from model_fusion.checkpoint.sources import resolve
+from model_fusion.cli.main import main
 from model_fusion.errors import InputError
-from model_fusion.merge import engine
+from model_fusion.merge import engine, plan
+from model_fusion.merge.layout import Layout
 from model_fusion.merge.methods import Key, build, get
 from model_fusion.merge.methods.subspace import rank
 from model_fusion.merge.methods.subspace.matrices import svd
@@ -217,6 +220,17 @@ def test_a_merge_of_unequal_models_warns_once(tmp_path: Path, threads: int) -> N
     assert len(found) == 1
 
 
+def test_the_command_prints_the_warning(tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(three(tmp_path, 0.5) | {"merge_method": "iso_c"}))
+    words = ["merge", str(tmp_path / "recipe.yml"), "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["model-fusion", *words])
+    main()
+    said = capsys.readouterr()
+    assert said.err.startswith("warning: iso_c: ")
+    assert said.err.count("warning") == 1
+    assert said.out.startswith("wrote ")
+
+
 # --- through a recipe ---
 
 
@@ -248,6 +262,34 @@ def test_lines_grows_with_depth(tmp_path: Path) -> None:
     for name, place in places.items():
         want = base[name] + (0.25 + 0.5 * place) * sum(m[name] - base[name] for m in models)
         assert torch.allclose(got[name], want, atol=1e-6)
+
+
+def slices_equal_the_whole(tmp_path: Path) -> bool:
+    """Whether `lines` on layers given as two slices is `lines` on the model."""
+    text = three(tmp_path, 0.02) | {"merge_method": "lines"}
+    (tmp_path / "whole.yml").write_text(yaml.safe_dump(text))
+    models = text.pop("models")
+    ranges = [[0, 1], [1, LAYERS]]
+    text["slices"] = [{"sources": [entry | {"layer_range": part} for entry in models]} for part in ranges]
+    (tmp_path / "slices.yml").write_text(yaml.safe_dump(text))
+    made = [engine.merge(tmp_path / f"{name}.yml", tmp_path / name) for name in ("whole", "slices")]
+    whole, slices = (open_checkpoint(resolve(str(folder))) for folder in made)
+    return all(torch.equal(whole.read(name), slices.read(name)) for name in whole.names)
+
+
+def test_depth_is_that_of_the_output(tmp_path: Path) -> None:
+    assert slices_equal_the_whole(tmp_path)
+
+
+def test_the_depth_check_goes_red(tmp_path: Path, monkeypatch: Patch) -> None:
+    real = Layout._slice
+
+    def without_depth(self: Layout, *given: Any) -> None:
+        real(self, *given)
+        monkeypatch.setattr(plan, "depth_of", lambda name, lengths: 0.0)
+
+    monkeypatch.setattr(Layout, "_slice", without_depth)
+    assert not slices_equal_the_whole(tmp_path)
 
 
 def test_lines_needs_a_depth() -> None:

@@ -6,8 +6,8 @@ that the activations went through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from model_fusion.checkpoint.statistics import Statistics
 from model_fusion.errors import InputError
 from model_fusion.merge.calibration.batches import Forward, evaluating, mask_of, one_each
 from model_fusion.merge.calibration.layers import Grams, Layer, check_layers, linear_layers
+from model_fusion.merge.calibration.replay import Replay
 from model_fusion.merge.methods import merge_state_dicts
 
 
@@ -43,8 +44,10 @@ def collect_merged_statistics(
     merged in the order in which they first run; inside a layer, a model's own weights act, as in the paper.
 
     **Arguments**
-    models: of one architecture; they are not changed. batches, forward: of each model, read once a layer
-        (`collect_statistics` says what they may be). weights, alpha, ridge: those of the `regmean` merge that follows.
+    models: of one architecture; they are not changed. batches, forward: of each model (`collect_statistics` says what
+        they may be). Where layers hand one tensor on, as transformers' do without a cache (`use_cache: False`), they
+        are replayed: two passes in all; else one pass a layer, as far as that layer.
+    weights, alpha, ridge: those of the `regmean` merge that follows.
     step: called with the number of layers after each.
 
     Memory: one copy of each model, and one matrix [in, in] a linear layer and model.
@@ -69,6 +72,7 @@ def collect_merged_statistics(
         unseen |= {name for own in grams for name in own.unseen}
         seen = set.intersection(*(set(own) for own in grams)) if grams else set()
         walk.merge(unit.names, [{n: own[n] for n in sorted(seen)} for own in grams], each, alpha, ridge, first)
+        walk.done(number)
         step(len(walk.units))
     common = set.intersection(*(set(held) for held in found))
     if not common:
@@ -79,11 +83,12 @@ def collect_merged_statistics(
 
 
 class _Unit:
-    """Parts that are merged together. parts: paths of modules with tensors of their own; names: of those tensors;
-    layers: their linear layers; until: the module whose start ends a forward pass, if nothing of the unit follows."""
+    """Parts that are merged together. parts: paths of modules with tensors of their own; block: the module that holds
+    them, where they are a numbered layer; names: of those tensors; layers: their linear layers; until: the module whose
+    start ends a forward pass, if nothing of the unit follows."""
 
-    def __init__(self, parts: list[str]) -> None:
-        self.parts = parts
+    def __init__(self, parts: list[str], block: str | None) -> None:
+        self.parts, self.block = parts, block
         self.names: list[str] = []
         self.layers: list[str] = []
         self.until: str | None = None
@@ -98,7 +103,14 @@ class _Walk:
         check_layers(layers, models[0])
         with evaluating(models[0]), torch.no_grad():
             ran = _order(models[0], forwards[0], batches[0][0])
-        self.units = _units(ran)
+        self.units = _units(ran, models[0])
+        blocks = [number for number, unit in enumerate(self.units) if unit.block is not None]
+        # an unbroken run of layers, of one stack
+        stacks = {str(self.units[number].block).rpartition(".")[0] for number in blocks}
+        self._chain = range(0)
+        if len(stacks) == 1 and len(blocks) > 1 and blocks == list(range(blocks[0], blocks[-1] + 1)):
+            self._chain = range(blocks[0], blocks[-1] + 1)
+        self._replay: Replay | None = None
         states = models[0].state_dict(keep_vars=True)
         done: set[int] = set()
         for unit in self.units:
@@ -112,18 +124,43 @@ class _Walk:
 
     def grams(self, number: int) -> list[Statistics]:
         """Of each model, for the linear layers of a unit."""
+        if self._chain and number == self._chain.start:
+            paths = [str(self.units[n].block) for n in self._chain]
+            with ExitStack() as all_:
+                for model in self.models:
+                    all_.enter_context(evaluating(model))
+                self._replay = Replay.record(self.models, self.forwards, self.batches, paths)
         unit, found = self.units[number], []
-        for model, batches, forward in zip(self.models, self.batches, self.forwards, strict=True):
+        for i, (model, batches) in enumerate(zip(self.models, self.batches, strict=True)):
             wanted: list[Layer] = [layer for layer in linear_layers(model) if layer.name in unit.layers]
-            with evaluating(model), Grams(wanted) as grams, _until(model, unit.until), torch.no_grad():
-                for batch in batches:
-                    grams.mask = mask_of(batch)
-                    try:
-                        forward(model, batch)
-                    except _Enough:
-                        continue
+            with evaluating(model), Grams(wanted) as grams, torch.no_grad():
+                block = number - self._chain.start
+                with closing(self._full(i, unit) if self._replay is None else self._replay.run(i, block)) as passes:
+                    for batch in batches:
+                        grams.mask = mask_of(batch)
+                        next(passes)
             found.append(grams.statistics())
         return found
+
+    def _full(self, number: int, unit: _Unit) -> Generator[None, None, None]:
+        """Passes of one model's batches, as far as the unit."""
+        model, forward = self.models[number], self.forwards[number]
+        with _until(model, unit.until):
+            for batch in self.batches[number]:
+                with suppress(_Enough):
+                    forward(model, batch)
+                yield
+
+    def done(self, number: int) -> None:
+        """A unit is merged: the next one sees what it answers."""
+        if self._replay is None or number not in self._chain:
+            return
+        with ExitStack() as all_, torch.no_grad():
+            for model in self.models:
+                all_.enter_context(evaluating(model))
+            self._replay.advance(number - self._chain.start)
+        if number == self._chain[-1]:
+            self._replay = None
 
     def merge(
         self,
@@ -164,22 +201,29 @@ def _order(model: nn.Module, forward: Forward, batch: Any) -> list[str]:
     return ran
 
 
-def _units(ran: list[str]) -> list[_Unit]:
+def _units(ran: list[str], model: nn.Module) -> list[_Unit]:
     """In the order of their first runs. Where units run one after another, a pass may end when the next one starts."""
-    keys: dict[object, list[str]] = {}
+    units: dict[str, _Unit] = {}
     sequence = []
     for path in ran:
-        role = role_of(path + ".weight")
-        key = path if role.layer is None else (role.stack, role.layer)
-        parts = keys.setdefault(key, [])
-        if path not in parts:
-            parts.append(path)
-        sequence.append(list(keys).index(key))
-    units = [_Unit(parts) for parts in keys.values()]
+        block = _block(path)
+        unit = units.setdefault(block or path, _Unit([], block))
+        unit.parts += [path] * (path not in unit.parts)
+        sequence.append(list(units).index(block or path))
+    for path, _ in model.named_modules():  # parts of a layer that may run on other batches: experts
+        block = _block(path)
+        if block in units and path not in units[block].parts:
+            units[block].parts.append(path)
     if sequence == sorted(sequence):
-        for unit, after in pairwise(units):
+        for unit, after in pairwise(units.values()):
             unit.until = after.parts[0]
-    return units
+    return list(units.values())
+
+
+def _block(path: str) -> str | None:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`; None outside of numbered layers."""
+    role = role_of(path + ".weight")
+    return None if role.layer is None else f"{role.stack}.{role.layer}"
 
 
 @contextmanager

@@ -131,13 +131,17 @@ def merge_state_dicts(
 
 def _params(method: Method, given: Mapping[str, Any], name: str, place: float | None) -> Any:
     """One model's parameters for one tensor."""
-    values = {}
+    values = dict(given)
     for key, value in given.items():
+        if not isinstance(value, list):
+            continue
         check_value(key, value)
-        if isinstance(value, list) and isinstance(value[0], float | int) and place is None:
+        if not isinstance(value[0], dict) and place is None:
             raise InputError(f"{method.name}: {key!r} is a gradient over layers; say where they are with depth=")
         found = evaluate(value, name, place or 0.0)
-        if found is not None:
+        if found is None:
+            del values[key]
+        else:
             values[key] = found
     return build(method.model_params, values, method.name)
 
