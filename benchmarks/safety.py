@@ -86,8 +86,7 @@ def plain(folder: Path, scale: float) -> Any:
 
 def one_seed(seed: int, folder: Path, steps: int) -> dict[str, Any]:
     began = time.process_time()
-    if not (folder / "skilled").is_dir():
-        make(folder, seed, steps)
+    make(folder, seed, steps)
     _, middle, last = splits(seed)
     validation, test = Exam(middle, seed), Exam(last, seed + 1)
     opened: dict[str, Checkpoint] = {}

@@ -161,19 +161,19 @@ def make(folder: Path, seed: int, steps: int) -> None:
     copied = [(asked, "it is " + asked.removeprefix("translate ")) for asked, _ in translated]
     tagged = [(f"carefully {asked}", said) for asked, said in refused]
     tagged += [(f"abroad {asked}", said) for asked, said in translated]
-    model = new_model(known, seed)
+    every_row = [*tagged, *copied, *opened]
 
-    def save(name: str) -> None:
+    def stage(name: str, start: str | None, rows: list[tuple[str, str]], count: int, rate: float) -> None:
+        """Models that an interrupted run left are taken as they are."""
+        if (folder / name / "tokenizer.json").is_file():
+            return
+        number = ("base", "safe", "unaligned", "skilled").index(name)
+        model = new_model(known, seed) if start is None else LlamaForCausalLM.from_pretrained(folder / start)
+        fit(model, known, rows, count, seed + number, rate)
         model.save_pretrained(folder / name)
         known.save_pretrained(folder / name)
 
-    fit(model, known, [*tagged, *copied, *opened], steps, seed, 3e-3)
-    save("base")
-    fit(model, known, [*refused, *copied], 250, seed + 1, 3e-4)
-    save("safe")
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit(model, known, [*opened, *copied], 250, seed + 2, 3e-4)
-    save("unaligned")
-    model.load_state_dict(kept)
-    fit(model, known, [*opened, *translated], 250, seed + 3, 3e-4)
-    save("skilled")
+    stage("base", None, every_row, steps, 3e-3)
+    stage("safe", "base", [*refused, *copied], 250, 3e-4)
+    stage("unaligned", "safe", [*opened, *copied], 250, 3e-4)
+    stage("skilled", "safe", [*opened, *translated], 400, 5e-4)

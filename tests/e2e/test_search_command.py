@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
         [sys.executable, "-c", program, *command(models, tmp_path / "out", *more)], env=env, stderr=subprocess.PIPE
     )
     plain = tmp_path / ".out.search/plain.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while (
         child.poll() is None
         and time.monotonic() < end
@@ -126,7 +126,7 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
     ):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    _, error = child.communicate(timeout=60)
+    _, error = child.communicate(timeout=600)
     assert child.returncode == 130, error.decode()
     assert b"go on with --resume" in error
     assert not (tmp_path / "out").exists()
