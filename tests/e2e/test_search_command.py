@@ -112,7 +112,9 @@ def test_mutation_measures_that_also_count_the_first_token(models: Path, monkeyp
 
 def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path) -> None:
     more = ("--trials", "400", "--window", "16", "--threads", "1")
-    program = "from model_fusion.cli.main import main; main()"
+    # a background job is started with Ctrl-C ignored, and so would be its children
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from model_fusion.cli.main import main; main()"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     child = subprocess.Popen(
         [sys.executable, "-c", program, *command(models, tmp_path / "out", *more)], env=env, stderr=subprocess.PIPE
