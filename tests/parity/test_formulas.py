@@ -96,6 +96,11 @@ def forget(name: str, value: Any) -> Callable[[Patch], None]:
     return apply
 
 
+def plain_sce_with_one_sign(patch: Patch) -> None:
+    patch.setattr(sce, "kernel", lambda name: None)
+    change(sce, "elected_sign", lambda real, deltas: torch.zeros_like(real(deltas)))(patch)
+
+
 def keep_a_tie(patch: Patch) -> None:
     real = selection._settle
     patch.setattr(selection, "_settle", lambda *a: selection.Cut(real(*a).threshold, 1 << 62))
@@ -118,7 +123,10 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
     "della": [drop_weight, always_plus, change(dare, "l1_ratio", lambda real, b, a: 1.0)],
     "della_linear": [drop_weight, change(dare, "l1_ratio", lambda real, b, a: 1.0)],
     "model_stock": [change(model_stock, "_ratio", lambda real, c, n: real(c, n) * 0.99)],
-    "sce": [change(sce, "elected_sign", lambda real, deltas: torch.zeros_like(real(deltas)))],
+    "sce": [
+        change(sce, "_variance", lambda real, tasks: real(tasks[:1].expand(2, -1) * torch.tensor([[1.0], [0.0]]))),
+        plain_sce_with_one_sign,
+    ],
     "arcee_fusion": [change(arcee_fusion, "_quartile_threshold", lambda real, *a: 1.5 * real(*a))],
     "nearswap": [forget("t", 0.25)],
     "fisher": [drop_weight, forget("floor", 0.5), change(data_based, "total", lambda real, v: real(v) * 10)],

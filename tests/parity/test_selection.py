@@ -124,31 +124,6 @@ def test_the_rank_check_goes_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not all(ranks_right(kind, 5, 80, seed) for kind in range(4) for seed in range(10))
 
 
-def same_bytes_without_kernel(columns: int) -> bool:
-    """della of heavily tied bf16 models, with the kernel and without it."""
-    g = torch.Generator().manual_seed(0)
-    base = (torch.randn(90, columns, generator=g) * 0.02).bfloat16()
-    models = [(base + torch.randn(90, columns, generator=g) * 5e-4).bfloat16() for _ in range(2)]
-    each, runs = [Ranked(density=0.5)] * 2, []
-    for off in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            if off:
-                without_kernel(patch)
-            runs.append(get("della").run(models, base, each, None, Key(2, "w")))
-    return bool(torch.equal(runs[0].view(torch.int32), runs[1].view(torch.int32)))
-
-
-def test_the_compiled_path_writes_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(same_bytes_without_kernel(columns) for columns in (2, 333, 1536))
-    real = kernel("above_rank")
-
-    def wrong(bits: Any, limit: Any, shift: int, width: int, keep: Any) -> None:
-        real(bits, limit + np.float32(0.5), shift, width, keep)
-
-    monkeypatch.setattr(della, "kernel", lambda name: wrong)
-    assert not same_bytes_without_kernel(1536)
-
-
 def kept_shares(delta: torch.Tensor, p: Ranked) -> np.ndarray[Any, np.dtype[np.float64]]:
     """How often each element survives 4,000 seeds."""
     draws = [della.keep_rows(delta.abs(), p, Key(seed, "w"), 0, 0) for seed in range(4000)]

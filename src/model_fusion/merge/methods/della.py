@@ -60,7 +60,7 @@ def keep_rows(size: Tensor, p: Ranked, key: Key, model: int, start: int) -> Tens
     uniform u < (density − epsilon) + 2·epsilon·r/(C − 1).
     """
     rows, columns = size.shape
-    drawn = uniform_bits(key.seed, key.name, model, start, size.numel())
+    drawn = uniform_bits(key.seed, key.name, model, start, size.numel(), fill=kernel("mixed"))
     if columns == 1 or p.epsilon == 0:
         return kept_below(drawn, p.density).view(rows, columns)
     # the rank above which an element survives

@@ -8,6 +8,7 @@ any order, on any thread.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,8 +31,20 @@ def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
 _COUNTER = _mix(np.arange(1, BLOCK + 1, dtype=np.uint32))
 
 
-def uniform_bits(seed: int, name: str, model: int, start: int, count: int) -> NDArray[np.uint32]:
-    """uint32 values, uniform, for the flat elements start … start + count − 1."""
+def _fill(counter: NDArray[np.uint32], first: np.uint32, second: np.uint32, out: NDArray[np.uint32]) -> None:
+    np.bitwise_xor(counter, first, out=out)
+    _mix(out)
+    out += second
+
+
+def uniform_bits(
+    seed: int, name: str, model: int, start: int, count: int, *, fill: Callable[..., None] | None = None
+) -> NDArray[np.uint32]:
+    """uint32 values, uniform, for the flat elements start … start + count − 1.
+
+    `fill` is a compiled function that does what numpy does here, for callers that have started the compiler anyway.
+    """
+    fill = fill or _fill
     out = np.empty(count, dtype=np.uint32)
     done = 0
     while done < count:
@@ -39,10 +52,7 @@ def uniform_bits(seed: int, name: str, model: int, start: int, count: int) -> ND
         take = min(BLOCK - offset, count - done)
         text = f"{seed}\x00{name}\x00{model}\x00{block}".encode()
         first, second = np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), dtype="<u4")
-        part = out[done : done + take]
-        np.bitwise_xor(_COUNTER[offset : offset + take], first, out=part)
-        _mix(part)
-        part += second
+        fill(_COUNTER[offset : offset + take], first, second, out[done : done + take])
         done += take
     return out
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, check_unit, register
-from model_fusion.merge.methods.blocks import BLOCK, delta, parts, sizes, total
-from model_fusion.merge.methods.selection import Cut, cuts
+from model_fusion.merge.methods.blocks import BLOCK, parts, sizes
+from model_fusion.merge.methods.compiled import kernel
+from model_fusion.merge.methods.selection import Cut, Tally, cut_and_energy, halved
 from model_fusion.merge.methods.task_arithmetic import agreeing_, elected_sign, flip_
 
 
@@ -25,26 +29,56 @@ class SceParams:
         check_unit("select_topk", self.select_topk)
 
 
-def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """Population variance across models, element by element."""
-    n = len(deltas)
-    if n == 2:
-        return (deltas[0] - deltas[1]).mul_(0.5).square_()
-    mean = deltas[0].clone()
-    for task in deltas[1:]:
+def _compiled(name: str, tensor: Tensor) -> Any:
+    return kernel(name) if tensor.device.type == "cpu" else None
+
+
+def _tasks(models: Sequence[Tensor], base: Tensor) -> Tensor:
+    """float32 [M, N], fresh: models − base, all flat."""
+    out = torch.empty(len(models), base.numel(), device=base.device)
+    narrow = all(t.dtype == torch.bfloat16 for t in (*models, base))
+    if narrow and (difference := _compiled("difference", base)) is not None:
+        below = base.view(torch.uint16).numpy()
+        for model, row in zip(models, out, strict=True):
+            difference(model.view(torch.uint16).numpy(), below, row.numpy())
+        return out
+    wide = base.float()
+    for model, row in zip(models, out, strict=True):
+        torch.sub(model.float(), wide, out=row)
+    return out
+
+
+def _variance(tasks: Tensor) -> Tensor:
+    """float32 [N]: population variance across models, element by element."""
+    if (compiled := _compiled("variance", tasks)) is not None:
+        out = torch.empty(tasks.shape[1])
+        compiled(tasks.numpy(), out.numpy())
+        return out
+    if len(tasks) == 2:
+        return (tasks[0] - tasks[1]).mul_(0.5).square_()
+    mean = tasks[0].clone()
+    for task in tasks[1:]:
         mean += task
-    mean /= n
+    mean /= len(tasks)
     out = torch.zeros_like(mean)
-    for task in deltas:
+    for task in tasks:
         out += (task - mean).square_()
-    return out.div_(n)
+    return out.div_(len(tasks))
 
 
-def _selected(deltas: Sequence[Tensor], cut: Cut, start: int) -> Tensor:
-    """int32: −1 (all bits set) where the variance is selected, else 0."""
-    left = cut.drop_small_(_variance(deltas), start).view(torch.int32)
-    # a value above zero has a negated pattern below zero
-    return left.neg_().bitwise_right_shift_(31)
+def _tally(spread: Tensor, tasks: Tensor, low: int, high: int) -> Tally:
+    bits = spread.view(torch.int32).cpu().numpy()
+    if (inside := _compiled("inside", tasks)) is not None:
+        into, energy_above = np.empty(bits.size + 8, np.float32), kernel("energy_above")
+        found, above, nonzero = inside(bits, np.int32(low), np.int32(high), into.view(np.int32))
+        where: NDArray[np.integer[Any]] = into.view(np.int32)[:found].copy()
+        energy = [float(energy_above(task.numpy(), bits, np.int32(high), into)) for task in tasks]
+        return Tally(bits[where], tasks[:, torch.from_numpy(where)], above, nonzero, energy)
+    over = spread.view(torch.int32) > high
+    where = np.flatnonzero((bits >= low) & (bits <= high))
+    energy = [halved(task.square().masked_fill_(~over, 0.0)) for task in tasks]
+    rows = tasks[:, torch.from_numpy(where).to(tasks.device)]
+    return Tally(bits[where], rows, int(over.sum()), int(np.count_nonzero(bits)), energy)
 
 
 def _select(
@@ -59,28 +93,37 @@ def _select(
     flat, flat_base = [m.reshape(-1) for m in models], base.reshape(-1)
     n = flat_base.numel()
 
-    def deltas(part: slice) -> list[Tensor]:
-        return [delta(m[part], flat_base[part]) for m in flat]
-
-    def variance(i: int, step: int) -> Tensor:
-        return _variance(deltas(slice(i * BLOCK, (i + 1) * BLOCK, step)))
+    def look(i: int, step: int) -> tuple[Tensor, Tensor]:
+        part = slice(i * BLOCK, (i + 1) * BLOCK, step)
+        tasks = _tasks([m[part].contiguous() for m in flat], flat_base[part].contiguous())
+        return _variance(tasks), tasks
 
     cut: Cut | None = None
     if params.select_topk < 1.0:
-        cut = cuts(variance, sizes(n), [float(params.select_topk)])[0]
-    energy = [0.0] * len(models)
-    for part in parts(n):
-        tasks = deltas(part)
-        selected = None if cut is None else _selected(tasks, cut, part.start)
-        for i, task in enumerate(tasks):
-            if selected is not None:
-                task.view(torch.int32).bitwise_and_(selected)
-            energy[i] += total(task.square_())
+        cut, energy = cut_and_energy(look, sizes(n), float(params.select_topk), _tally)
+    else:
+        energy = [0.0] * len(models)
+        for part in parts(n):
+            for i, task in enumerate(_tasks([m[part] for m in flat], flat_base[part])):
+                energy[i] += halved(task.square_())
     means = [e / n for e in energy]
     whole = sum(means)
     if whole < 1e-6:
         return cut, [1.0 / len(models)] * len(models)
     return cut, [m / whole for m in means]
+
+
+def _keep_selected_(tasks: Tensor, cut: Cut, start: int) -> None:
+    """Zeroes, in place, what the variance's cut does not keep."""
+    spread = _variance(tasks)
+    compiled = _compiled("keep_selected", tasks)
+    for part, limit in cut.limits(spread.numel(), start):
+        here = spread[part]
+        for task in tasks[:, part]:
+            if compiled is not None:
+                compiled(task.numpy(), here.numpy(), np.float32(limit))
+            else:
+                task.masked_fill_(here <= limit, 0.0)
 
 
 def _sce(
@@ -95,13 +138,14 @@ def _sce(
     """base + Σ(wδm) ÷ max(Σ(wm), 1e-6), m: δ's sign is the sum's."""
     assert base is not None
     cut, weights = state
-    wide = base.float()
-    tasks = [delta(m, wide) for m in models]
+    tasks, wide = _tasks(models, base), base.float()
     if cut is not None:
-        selected = _selected(tasks, cut, start)
-        for task in tasks:
-            task.view(torch.int32).bitwise_and_(selected)
-    sign = elected_sign(tasks)
+        _keep_selected_(tasks, cut, start)
+    if (compiled := _compiled("add_agreeing", tasks)) is not None:
+        out = torch.empty_like(wide)
+        compiled(tasks.numpy(), np.array(weights, np.float32), wide.numpy(), out.numpy())
+        return out
+    sign = elected_sign(tasks.unbind())
     merged, share = torch.zeros_like(wide), torch.zeros_like(wide)
     for task, weight in zip(tasks, weights, strict=True):
         agreeing_(task, sign)

@@ -39,22 +39,22 @@ class Cut:
         """The float32 just below the threshold: magnitudes ≥ the threshold are those above it."""
         return float(np.nextafter(np.float32(self.threshold), np.float32(0)))
 
+    def limits(self, count: int, start: int) -> list[tuple[slice, float]]:
+        """The slices of `count` values from flat index `start`, each with the magnitude above which it is kept."""
+        split = min(max(self.last + 1 - start, 0), count)
+        both = ((slice(0, split), self._below), (slice(split, count), self.threshold))
+        return [(part, limit) for part, limit in both if part.start < part.stop]
+
     def drop_small_(self, values: Tensor, start: int) -> Tensor:
         """Zeroes, in place, what is not kept of flat float32 `values` that begin at flat index `start`."""
-        split = min(max(self.last + 1 - start, 0), values.numel())
-        if split and self.threshold > 0:
-            _shrink_(values[:split], self._below)
-        if split < values.numel():
-            _shrink_(values[split:], self.threshold)
+        for part, limit in self.limits(values.numel(), start):
+            if limit > 0:
+                torch.ops.aten.hardshrink.out(values[part], limit, out=values[part])
         return values
 
 
 KEEP_ALL = Cut(0.0, 1 << 62)
 KEEP_NONE = Cut(float("inf"), -1)
-
-
-def _shrink_(values: Tensor, limit: float) -> None:
-    torch.ops.aten.hardshrink.out(values, limit, out=values)
 
 
 def _bits(values: Tensor) -> Bits:
@@ -87,6 +87,17 @@ class _Search:
         if k <= self.above:
             return _Search(self.high + 1, _LARGEST)
         return _Search(0, self.low - 1) if k > self.above + sum(self.inside) else None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """One block beside a bracket: patterns and rows inside it, in order; counts; each row's Σ x² above it."""
+
+    bits: Bits
+    rows: Tensor
+    above: int
+    nonzero: int
+    energy: list[float]
 
 
 def cuts(blocks: Blocks, sizes: list[int], ks: Sequence[int | float]) -> list[Cut]:
@@ -124,6 +135,54 @@ def cuts(blocks: Blocks, sizes: list[int], ks: Sequence[int | float]) -> list[Cu
                 else:
                     out[i] = _settle(blocks, sizes, search, k - search.above)
     return [cut for cut in out if cut is not None]
+
+
+Looked = tuple[Tensor, Tensor]
+"""float32 values ≥ 0, [N], and the rows, [M, N], whose elements they choose between."""
+
+
+def cut_and_energy(
+    blocks: Callable[[int, int], Looked], sizes: list[int], wanted: float, tally: Callable[..., Tally]
+) -> tuple[Cut, list[float]]:
+    """The cut that keeps a share of the non-zero values, and each row's Σ x² over what is kept, in one pass.
+
+    What lies above the bracket is kept for certain and is added up at once; of what lies inside, the rows are collected
+    too. `tally(values, rows, low, high)` looks at one block.
+    """
+    count = sum(sizes)
+    step = max(1, count // _SAMPLE) | 1
+    sample = np.sort(np.concatenate([_bits(blocks(i, min(step, n))[0]) for i, n in enumerate(sizes)]))[::-1]
+    search: _Search | None = _guess(sample, wanted, count)
+    while search is not None:
+        seen = [tally(*blocks(i, 1), search.low, search.high) for i in range(len(sizes))]
+        search.above = sum(one.above for one in seen)
+        search.found = [one.bits for one in seen]
+        search.inside = [one.bits.size for one in seen]
+        k = int(wanted * sum(one.nonzero for one in seen))
+        if k <= 0:
+            return KEEP_NONE, [0.0] * seen[0].rows.shape[0]
+        if (again := search.missed(k)) is None:
+            break
+        search = again
+    assert search is not None
+    rest = k - search.above
+    cut = _settle(lambda i, step: blocks(i, step)[0], sizes, search, rest)
+    bits, rows = np.concatenate(search.found), torch.cat([one.rows for one in seen], dim=1)
+    level = np.float32(cut.threshold).view(np.int32)
+    chosen = bits > level
+    chosen[np.flatnonzero(bits == level)[: rest - int(np.count_nonzero(chosen))]] = True
+    kept = rows[:, torch.from_numpy(chosen)]
+    return cut, [sum(one.energy[m] for one in seen) + halved(row.square()) for m, row in enumerate(kept)]
+
+
+def halved(values: Tensor) -> float:
+    """The sum of float32 values, which are overwritten: the upper half is added to the lower until one is left."""
+    left = values.numel()
+    while left > 1:
+        half = (left + 1) // 2
+        values[: left - half] += values[half:left]
+        left = half
+    return float(values[0]) if left else 0.0
 
 
 def _guess(sample: Bits, wanted: int | float, total: int) -> _Search:
