@@ -104,6 +104,9 @@ def plain_sce_with_one_sign(patch: Patch) -> None:
 def keep_a_tie(patch: Patch) -> None:
     real = selection._settle
     patch.setattr(selection, "_settle", lambda *a: selection.Cut(real(*a).threshold, 1 << 62))
+    change(selection, "_keep_first", lambda real, *a: (dataclasses.replace(real(*a)[0], last=1 << 62), real(*a)[1]))(
+        patch
+    )
 
 
 always_plus = change(task_arithmetic, "elected_sign", lambda real, deltas: torch.zeros_like(real(deltas)))

@@ -13,6 +13,8 @@ import numpy as np
 _EXACT = 64
 """Up to so many undecided elements a row are ranked by counting, more by sorting the row."""
 _RUN = 2048
+_SERIAL = 1024
+"""As in `selection`."""
 
 
 def above_rank(bits: Any, limit: Any, shift: int, width: int, keep: Any) -> None:
@@ -145,41 +147,33 @@ def variance(tasks: Any, out: Any) -> None:
             here[j] /= np.float32(count)
 
 
-def inside(bits: Any, low: Any, high: Any, out: Any) -> Any:
-    """Into `out` (8 longer than bits) where patterns in [low, high] lie; counts of these, of larger, of non-zero."""
-    above = nonzero = np.int32(0)
-    found, span = np.uint64(0), np.uint32(high - low)
-    flags = np.empty(_RUN, np.uint8)
-    eights = flags.view(np.uint64)
-    for start in range(0, bits.size, _RUN):
-        run = bits[start : start + _RUN]
-        flags[run.size :] = 0
-        for j in range(run.size):
-            above += np.int32(run[j] > high)
-        for j in range(run.size):
-            nonzero += np.int32(run[j] != 0)
-        for j in range(run.size):
-            flags[j] = np.uint8(np.uint32(run[j] - low) <= span)
-        for e in range((run.size + 7) // 8):
-            if eights[e]:  # few are inside, so most eights are passed over
-                for j in range(8 * e, 8 * e + 8):
-                    out[found] = np.int32(start + j)
-                    found += np.uint64(flags[j])
-    return found, above, nonzero
+def counts(bits: Any, level: Any) -> Any:
+    """How many patterns are above the level, on it, and not zero."""
+    above = ties = nonzero = np.int32(0)
+    for j in range(bits.size):
+        above += np.int32(bits[j] > level)
+    for j in range(bits.size):
+        ties += np.int32(bits[j] == level)
+    for j in range(bits.size):
+        nonzero += np.int32(bits[j] != 0)
+    return above, ties, nonzero
 
 
-def energy_above(task: Any, bits: Any, high: Any, into: Any) -> Any:
-    """Σ task² where bits > high: adds the upper half to the lower one until one number is left."""
+def energy_of(task: Any, bits: Any, low: Any, high: Any, into: Any) -> Any:
+    """Σ task² where low ≤ bits ≤ high, in the order of `selection.halved`."""
     for j in range(task.size):
-        into[j] = task[j] * task[j] if bits[j] > high else np.float32(0)
+        into[j] = task[j] * task[j] if (bits[j] >= low) & (bits[j] <= high) else np.float32(0)
     left = task.size
-    while left > 1:
+    while left > _SERIAL:
         half = (left + 1) // 2
         lower, upper = into[:half], into[half:left]
         for j in range(upper.size):
             lower[j] += upper[j]
         left = half
-    return into[0]
+    total = 0.0
+    for j in range(left):
+        total += into[j]
+    return total
 
 
 def keep_selected(task: Any, spread: Any, limit: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, check_unit, register
@@ -16,6 +15,8 @@ from model_fusion.merge.methods.blocks import BLOCK, parts, sizes
 from model_fusion.merge.methods.compiled import kernel
 from model_fusion.merge.methods.selection import Cut, Tally, cut_and_energy, halved
 from model_fusion.merge.methods.task_arithmetic import agreeing_, elected_sign, flip_
+
+_LARGEST = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,22 @@ def _variance(tasks: Tensor) -> Tensor:
     return out.div_(len(tasks))
 
 
-def _tally(spread: Tensor, tasks: Tensor, low: int, high: int) -> Tally:
-    bits = spread.view(torch.int32).cpu().numpy()
-    if (inside := _compiled("inside", tasks)) is not None:
-        into, energy_above = np.empty(bits.size + 8, np.float32), kernel("energy_above")
-        found, above, nonzero = inside(bits, np.int32(low), np.int32(high), into.view(np.int32))
-        where: NDArray[np.integer[Any]] = into.view(np.int32)[:found].copy()
-        energy = [float(energy_above(task.numpy(), bits, np.int32(high), into)) for task in tasks]
-        return Tally(bits[where], tasks[:, torch.from_numpy(where)], above, nonzero, energy)
-    over = spread.view(torch.int32) > high
-    where = np.flatnonzero((bits >= low) & (bits <= high))
-    energy = [halved(task.square().masked_fill_(~over, 0.0)) for task in tasks]
-    rows = tasks[:, torch.from_numpy(where).to(tasks.device)]
-    return Tally(bits[where], rows, int(over.sum()), int(np.count_nonzero(bits)), energy)
+def _tally(spread: Tensor, tasks: Tensor, level: int) -> Tally:
+    bits = spread.view(torch.int32)
+    if (energy_of := _compiled("energy_of", tasks)) is not None:
+        patterns, into = bits.numpy(), np.empty(bits.numel(), np.float32)
+        sums = [
+            [float(energy_of(task.numpy(), patterns, np.int32(low), np.int32(high), into)) for task in tasks]
+            for low, high in ((level + 1, _LARGEST), (level, level))
+        ]
+        return Tally(*kernel("counts")(patterns, np.int32(level)), *sums)
+    # all bits set where a pattern is larger: the difference is then below zero
+    at_least, above_it = ((limit - bits).bitwise_right_shift_(31) for limit in (level - 1, level))
+    masks = above_it, at_least ^ above_it
+    # a bitwise and is several times as fast as a fill
+    sums = [[halved((task.view(torch.int32) & mask).view(torch.float32).square_()) for task in tasks] for mask in masks]
+    above, ties = (-int(mask.sum()) for mask in masks)
+    return Tally(above, ties, int(torch.count_nonzero(bits)), *sums)
 
 
 def _select(
@@ -123,7 +127,8 @@ def _keep_selected_(tasks: Tensor, cut: Cut, start: int) -> None:
             if compiled is not None:
                 compiled(task.numpy(), here.numpy(), np.float32(limit))
             else:
-                task.masked_fill_(here <= limit, 0.0)
+                above = torch.hardshrink(here, limit).view(torch.int32).neg_().bitwise_right_shift_(31)
+                task.view(torch.int32).bitwise_and_(above)
 
 
 def _sce(

@@ -91,13 +91,13 @@ class _Search:
 
 @dataclass(frozen=True)
 class Tally:
-    """One block beside a bracket: patterns and rows inside it, in order; counts; each row's Σ x² above it."""
+    """One block beside a level: patterns above it, on it, and not zero; each row's Σ x² above it and on it."""
 
-    bits: Bits
-    rows: Tensor
     above: int
+    ties: int
     nonzero: int
     energy: list[float]
+    tied_energy: list[float]
 
 
 def cuts(blocks: Blocks, sizes: list[int], ks: Sequence[int | float]) -> list[Cut]:
@@ -113,8 +113,7 @@ def cuts(blocks: Blocks, sizes: list[int], ks: Sequence[int | float]) -> list[Cu
     out = [None if isinstance(k, float) else KEEP_NONE if k <= 0 else KEEP_ALL if k >= total else None for k in ks]
     open_ = [i for i, cut in enumerate(out) if cut is None]
     if open_:
-        step = max(1, total // _SAMPLE) | 1  # odd: even steps would see few of a matrix's columns
-        sample = np.sort(np.concatenate([_bits(blocks(i, min(step, n))) for i, n in enumerate(sizes) if n]))[::-1]
+        sample = _sample(blocks, sizes)
         searches = {i: _guess(sample, ks[i], total) for i in open_}
         while searches:
             nonzero = 0
@@ -142,47 +141,67 @@ Looked = tuple[Tensor, Tensor]
 
 
 def cut_and_energy(
-    blocks: Callable[[int, int], Looked], sizes: list[int], wanted: float, tally: Callable[..., Tally]
+    blocks: Callable[[int, int], Looked], sizes: list[int], share: float, tally: Callable[[Tensor, Tensor, int], Tally]
 ) -> tuple[Cut, list[float]]:
-    """The cut that keeps a share of the non-zero values, and each row's Σ x² over what is kept, in one pass.
+    """The cut that keeps a share of the non-zero values, and each row's Σ x² over what is kept.
 
-    What lies above the bracket is kept for certain and is added up at once; of what lies inside, the rows are collected
-    too. `tally(values, rows, low, high)` looks at one block.
+    One pass where ties are so many that the sample knows the level of the cut; else `cuts` finds it first.
     """
     count = sum(sizes)
-    step = max(1, count // _SAMPLE) | 1
-    sample = np.sort(np.concatenate([_bits(blocks(i, min(step, n))[0]) for i, n in enumerate(sizes)]))[::-1]
-    search: _Search | None = _guess(sample, wanted, count)
-    while search is not None:
-        seen = [tally(*blocks(i, 1), search.low, search.high) for i in range(len(sizes))]
-        search.above = sum(one.above for one in seen)
-        search.found = [one.bits for one in seen]
-        search.inside = [one.bits.size for one in seen]
-        k = int(wanted * sum(one.nonzero for one in seen))
-        if k <= 0:
-            return KEEP_NONE, [0.0] * seen[0].rows.shape[0]
-        if (again := search.missed(k)) is None:
+    guess = _guess(_sample(lambda i, step: blocks(i, step)[0], sizes), share, count)
+    level = guess.low if guess.low == guess.high else None
+    while True:
+        sure = level is None
+        if level is None:
+            cut = cuts(lambda i, step: blocks(i, step)[0], sizes, [share])[0]
+            level = int(np.float32(cut.threshold).view(np.int32))
+        seen = [tally(*blocks(i, 1), level) for i in range(len(sizes))]
+        rest = int(share * sum(one.nonzero for one in seen)) - sum(one.above for one in seen)
+        if sure or 0 < rest <= sum(one.ties for one in seen):
+            return _keep_first(blocks, sizes, seen, level, rest)
+        level = None
+
+
+def _keep_first(
+    blocks: Callable[[int, int], Looked], sizes: list[int], seen: list[Tally], level: int, rest: int
+) -> tuple[Cut, list[float]]:
+    """The cut, and the energies, of what lies above the level and of its first `rest` ties."""
+    energy = [sum(parts) for parts in zip(*(one.energy for one in seen), strict=True)]
+    threshold, last, offset = float(np.int32(level).view(np.float32)), 1 << 62, 0
+    if rest <= 0:
+        return (KEEP_NONE if threshold == math.inf else Cut(threshold, -1)), energy
+    for i, one in enumerate(seen):
+        more = one.tied_energy
+        if rest < one.ties:
+            values, rows = blocks(i, 1)
+            first = np.flatnonzero(_bits(values) == level)[:rest]
+            last, more = offset + int(first[-1]), [halved(row[first].square()) for row in rows.cpu()]
+        energy = [sum(parts) for parts in zip(energy, more, strict=True)]
+        offset, rest = offset + sizes[i], rest - one.ties
+        if rest <= 0:
             break
-        search = again
-    assert search is not None
-    rest = k - search.above
-    cut = _settle(lambda i, step: blocks(i, step)[0], sizes, search, rest)
-    bits, rows = np.concatenate(search.found), torch.cat([one.rows for one in seen], dim=1)
-    level = np.float32(cut.threshold).view(np.int32)
-    chosen = bits > level
-    chosen[np.flatnonzero(bits == level)[: rest - int(np.count_nonzero(chosen))]] = True
-    kept = rows[:, torch.from_numpy(chosen)]
-    return cut, [sum(one.energy[m] for one in seen) + halved(row.square()) for m, row in enumerate(kept)]
+    return Cut(threshold, last), energy
+
+
+SERIAL = 1 << 10
 
 
 def halved(values: Tensor) -> float:
-    """The sum of float32 values, which are overwritten: the upper half is added to the lower until one is left."""
+    """The sum of float32 values, which are overwritten, in an order that is the same on every path: the upper half is
+    added to the lower until SERIAL are left; these one by one in float64.
+    """
     left = values.numel()
-    while left > 1:
+    while left > SERIAL:
         half = (left + 1) // 2
         values[: left - half] += values[half:left]
         left = half
-    return float(values[0]) if left else 0.0
+    return float(np.cumsum(values[:left].cpu().numpy(), dtype=np.float64)[-1]) if left else 0.0
+
+
+def _sample(blocks: Blocks, sizes: list[int]) -> Bits:
+    """Patterns of about _SAMPLE of the values, largest first."""
+    step = max(1, sum(sizes) // _SAMPLE) | 1  # odd: even steps would see few of a matrix's columns
+    return np.sort(np.concatenate([_bits(blocks(i, min(step, n))) for i, n in enumerate(sizes) if n]))[::-1]
 
 
 def _guess(sample: Bits, wanted: int | float, total: int) -> _Search:
