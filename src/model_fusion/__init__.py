@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from model_fusion.checkpoint.verify import verify
     from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
     from model_fusion.dynamic.ensemble import Ensemble, ensemble
-    from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+    from model_fusion.dynamic.masks import Masks, emr, tall
     from model_fusion.dynamic.parts import exclusive
     from model_fusion.dynamic.twin import TwinModel
     from model_fusion.evaluate.audit import audit
@@ -58,7 +58,7 @@ _HOMES = {
     "merge_state_dicts": "model_fusion.merge.methods",
     "verify": "model_fusion.checkpoint.verify",
     **dict.fromkeys(("TwinForCausalLM", "TwinConfig"), "model_fusion.dynamic.causal_lm"),
-    **dict.fromkeys(("Masks", "consensus", "emr", "tall"), "model_fusion.dynamic.masks"),
+    **dict.fromkeys(("Masks", "emr", "tall"), "model_fusion.dynamic.masks"),
     "TwinModel": "model_fusion.dynamic.twin",
     "exclusive": "model_fusion.dynamic.parts",
     "twin": "model_fusion.run.twin",
@@ -108,7 +108,6 @@ __all__ = [
     "audit_safety",
     "collect_merged_statistics",
     "collect_statistics",
-    "consensus",
     "emr",
     "ensemble",
     "exclusive",

@@ -4,8 +4,8 @@ The task's id is needed when a model is asked for: nothing here looks at an inpu
 state dicts of the same names and shapes, with τ_t = θ_t − θ0:
 
 - EMR (Huang et al. 2024, arXiv 2405.17461): elected sign, largest magnitude of that sign, one rescaler an expert.
-- TALL masks (Wang et al. 2024, arXiv 2405.07813): the sum Στ, kept where τ_t outweighs the rest; `consensus` needs no
-  id: it is one ordinary model of the entries that several masks keep.
+- TALL masks (Wang et al. 2024, arXiv 2405.07813): the sum Στ, kept where τ_t outweighs the rest. The merge method
+  `consensus` needs no id: it is one ordinary model of the entries that several of these masks keep.
 """
 
 from __future__ import annotations
@@ -100,27 +100,6 @@ def tall(base: State, experts: Mapping[str, State], strength: float | Sequence[f
         made.add(name, total)
         made.mask(name, _relevant(tau, total, strengths))
     return made.done(torch.ones(len(experts)))
-
-
-def consensus(
-    base: State,
-    experts: Mapping[str, State],
-    strength: float | Sequence[float] = 0.4,
-    at_least: int = 2,
-    scale: float = 0.3,
-) -> dict[str, Tensor]:
-    """One model for all tasks, θ0 + scale · Στ where at least so many TALL masks keep the entry: what no task needs, or
-    one alone, is dropped. No task's id is needed. Dtypes are the base's."""
-    strengths = _strengths(strength, len(experts))
-    if not 1 <= at_least <= len(experts):
-        raise InputError(f"at_least {at_least}: give 1 to {len(experts)}, the number of experts")
-    made = _Making("tall", base, experts)
-    merged = {name: own.detach().clone() for name, own in base.items()}
-    for name, tau in made.vectors():
-        total = tau.sum(0)
-        agreed = _relevant(tau, total, strengths).sum(0) >= at_least
-        merged[name] = (base[name].float() + scale * torch.where(agreed, total, 0.0)).to(base[name].dtype)
-    return {name: merged[made.tied.get(name, name)] for name in base}
 
 
 def packed(masks: Tensor) -> Tensor:
