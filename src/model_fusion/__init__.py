@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
+    from model_fusion.run.masks import unmask, write_masks
     from model_fusion.run.twin import twin
 
 __version__ = "0.1.0.dev0"
@@ -62,6 +63,7 @@ _HOMES = {
     "TwinModel": "model_fusion.dynamic.twin",
     "exclusive": "model_fusion.dynamic.parts",
     "twin": "model_fusion.run.twin",
+    **dict.fromkeys(("unmask", "write_masks"), "model_fusion.run.masks"),
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -120,5 +122,7 @@ __all__ = [
     "search",
     "tall",
     "twin",
+    "unmask",
     "verify",
+    "write_masks",
 ]
