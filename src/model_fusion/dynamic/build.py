@@ -54,6 +54,7 @@ def build(
     routed: Routed = train_router(
         training, validation, len(texts), settings=settings, dropout=spec.dropout, progress=progress
     )
+    routed.router.soften(spec.temperature)
     twin = TwinForCausalLM(shared, parts, routed.router, list(texts), {**(built or {}), "router": _record(routed)})
     twin.eval()
     return Built(twin, routed.validation)
