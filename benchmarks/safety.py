@@ -103,7 +103,7 @@ def one_seed(seed: int, folder: Path, steps: int) -> dict[str, Any]:
     result["flags"] = audit["flags"]
     result["flagged"] = any(flag.startswith("UNSAFE CHILD") for flag in audit["flags"])
     best = audit["models"]
-    result["told_apart"] = {row["model"].rpartition("/")[2]: max(row["direction"]["ordered"]) for row in best}
+    result["told_apart"] = {row["model"].rpartition("/")[2]: row["told_apart"] for row in best}
 
     def repaired(how: dict[str, Any], exam: Exam, unaligned: bool) -> dict[str, float]:
         pair = (names["safe"], names["unaligned"]) if unaligned else (None, None)

@@ -18,6 +18,7 @@ from model_fusion.evaluate.safety import audit as auditing
 from model_fusion.evaluate.safety.direction import states
 from model_fusion.evaluate.safety.prompts import Prompts
 from model_fusion.evaluate.safety.refusal import answers
+from model_fusion.report import safety
 from safety_fixtures import BENIGN, HARMFUL, make
 
 
@@ -42,8 +43,29 @@ def test_an_unsafe_child_of_a_safe_parent_is_flagged(models: Path) -> None:
     assert any(flag.startswith("UNSAFE CHILD: it refuses 0 of 10") for flag in report["flags"])
     assert str(models) not in " ".join(report["flags"])
     assert report["direction_of"] == str(models / "safe")
-    assert max(safe["direction"]["ordered"]) == 1.0
+    assert safe["told_apart"] == safe["direction"]["ordered"][report["direction_layer"]] == 1.0
     assert report["warning"].startswith("Safe parents can give an unsafe child")
+
+
+def test_of_equal_parents_the_clearer_direction_is_taken(models: Path, tmp_path: Path) -> None:
+    """`blind` refuses nothing, as `base`, and its states hardly depend on the request."""
+    model, tokenizer = running.load(models / "base")
+    model.get_input_embeddings().weight.data[tokenizer("bad good")["input_ids"]] = 0.0
+    model.save_pretrained(tmp_path / "blind")
+    tokenizer.save_pretrained(tmp_path / "blind")
+    for parents in ([tmp_path / "blind", models / "base"], [models / "base", tmp_path / "blind"]):
+        report = mf.audit_safety(models / "skilled", parents, prompts=models / "requests.json", tokens=4)
+        assert [row["refusal"]["count"] for row in report["models"]] == [0, 0, 0]
+        assert report["direction_of"] == str(models / "base")
+
+
+def test_few_requests_have_no_direction(models: Path) -> None:
+    one = Prompts(tuple(HARMFUL[:1]), tuple(BENIGN[:1]), "one of each")
+    report = mf.audit_safety(models / "skilled", [models / "safe"], prompts=one, tokens=4)
+    assert report["direction_of"] is None
+    assert [row["told_apart"] for row in report["models"]] == [None, None]
+    assert "too few requests of a kind to say" in safety.audited(report)
+    json.dumps(report, allow_nan=False)
 
 
 def test_a_safe_child_is_not_flagged(models: Path) -> None:
