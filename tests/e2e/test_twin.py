@@ -19,6 +19,7 @@ import model_fusion as mf
 from model_fusion.checkpoint import verify as verifying
 from model_fusion.cli import main as command
 from model_fusion.errors import InputError, IntegrityError
+from model_fusion.evaluate.safety.audit import _from_lineage
 from model_fusion.recipe.twin import load, parse
 from model_fusion.run.load import generate
 
@@ -91,6 +92,7 @@ def test_lineage_card_and_verify_know_the_folder(made: Path, tmp_path: Path) -> 
     assert found.inputs == [str((made / name).resolve()) for name in (*WORDS, "base")]
     record = json.loads((made / "out" / "model_fusion.json").read_text())
     assert record["parts"] == ["shared"]
+    assert _from_lineage(made / "out") == ([str((made / name).resolve()) for name in WORDS], str(made / "base"))
     assert found.tensors == len(record["tensors"]) + len(
         json.loads((made / "out/shared/model_fusion.json").read_text())["tensors"]
     )

@@ -12,7 +12,7 @@ from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint, read_jso
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.evaluate.machine import machine, versions
-from model_fusion.evaluate.running import of_checkpoint
+from model_fusion.evaluate.running import is_twin, of_checkpoint
 from model_fusion.evaluate.safety.cosines import cosines
 from model_fusion.evaluate.safety.direction import ENOUGH, States, best_layer, direction, separation, states
 from model_fusion.evaluate.safety.prompts import Prompts, bundled, load
@@ -91,8 +91,8 @@ def audit(
     """The report on a child and its parents, as JSON.
 
     **Arguments**
-    child, parents, base: folders, hub ids, GGUF files or base+adapter. Parents and base of a folder that this program
-        merged are known from its lineage; given ones replace them.
+    child, parents, base: folders (the child's may be a twin's), hub ids, GGUF files or base+adapter. Parents and base
+        of a folder that this program merged are known from its lineage; given ones replace them.
     aligned, unaligned: the pair whose difference is the direction of alignment, for the cosines; the parent that
         refuses most and the base, unless given.
     prompts: a JSON file of {"harmful": …, "benign": …}; the bundled ones unless given. phrases: what opens a refusal.
@@ -151,7 +151,9 @@ def _from_lineage(child: Path) -> tuple[list[str], str | None]:
     if not (child / lineage.NAME).is_file():
         return [], None
     record = read_json(child / lineage.NAME)
-    return [parent["model"] for parent in record["parents"]], record["recipe"].get("base_model")
+    recipe = record["recipe"]
+    root = recipe["shared"].get("base") if record["kind"] == "twin" else recipe.get("base_model")
+    return [parent["model"] for parent in record["parents"]], root
 
 
 def safest(parents: Sequence[Measured]) -> Measured:
@@ -203,8 +205,8 @@ def report(family: Family, measured: Sequence[Measured], chosen: Settings, thres
 
 
 def _alignment(family: Family, safe: str, threshold: float) -> dict[str, Any] | None:
-    """The cosines of the child's tensors; None without a base."""
-    if family.base is None:
+    """The cosines of the child's tensors; None without a base, and for a twin, which has no change of its own."""
+    if family.base is None or is_twin(family.open(family.child)):
         return None
     aligned, unaligned = family.aligned or safe, family.unaligned or family.base
     found = cosines(*(family.open(name) for name in (family.child, family.base, aligned, unaligned)))
