@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -16,7 +17,8 @@ from model_fusion.dynamic.twin import TwinModel
 from model_fusion.merge.methods import merge_state_dicts
 from model_fusion.training.loop import TrainSettings
 
-LAMBDAS = [0.05, 0.1, 0.2, 0.3]
+LAMBDAS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+TEMPERATURES = [1.0, 1.5, 2.0]
 ROUTER = TrainSettings(steps=600, batch_size=128, learning_rate=2e-3, weight_decay=0.01, validate_every=25, patience=0)
 
 
@@ -46,27 +48,36 @@ def judged(setting: Setting, twin: TwinModel, split: str) -> list[float]:
     return [accuracy(twin(part.x), head, part.y) for part, head in zip(parts, setting.heads, strict=True)]
 
 
+def softened(twin: TwinModel, temperature: float) -> TwinModel:
+    """The same twin, whose router mixes more evenly."""
+    made = copy.deepcopy(twin)
+    made.router.soften(temperature)
+    return made
+
+
 def twin_row(fraction: float, method: str = "task_arithmetic", scales: Sequence[float] = LAMBDAS) -> None:
-    """Twin on a shared network merged by `method`; its factor is chosen on validation."""
+    """Twin on a shared network merged by `method`; its factor and the router's temperature are chosen on validation."""
     on = "" if method == "task_arithmetic" else f" on {method}"
 
     @row(f"twin rank {fraction:g}{on}", "dynamic")
     def run(setting: Setting) -> Result:
-        best: tuple[float, float, TwinModel, Routed] | None = None
+        best: tuple[float, dict[str, float], TwinModel, Routed] | None = None
         for scale in scales:
             state = merge_state_dicts(method, setting.experts, setting.base, lambda_=scale)
             shared = network(state)
             routed = route(setting, shared)
-            twin = TwinModel(shared, exclusive(state, setting.experts, fraction), routed.router)
-            mean = fmean(judged(setting, twin, "validation"))
-            if best is None or mean > best[0]:
-                best = (mean, scale, twin, routed)
+            plain = TwinModel(shared, exclusive(state, setting.experts, fraction), routed.router)
+            for temperature in TEMPERATURES:
+                twin = softened(plain, temperature)
+                mean = fmean(judged(setting, twin, "validation"))
+                if best is None or mean > best[0]:
+                    best = (mean, {"lambda_": scale, "temperature": temperature}, twin, routed)
         assert best is not None
-        mean, scale, twin, routed = best
+        mean, chosen, twin, routed = best
         right = measure(routed.router, labelled(setting, twin.shared, "test")).score
         size = twin.bytes()
         notes = {"router %": 100 * right, **{f"{k} kB": v / 1000 for k, v in size.items()}}
-        return Result(judged(setting, twin, "test"), sum(size.values()), {"lambda_": scale}, mean, notes)
+        return Result(judged(setting, twin, "test"), sum(size.values()), chosen, mean, notes)
 
 
 twin_row(0.1)

@@ -1,7 +1,7 @@
 """Rows of `eight_tasks.py` with one task vector and a mask for each expert.
 
 EMR and TALL are told the task of each image; no other row's network is (all rows read the answer through the task's
-head). Consensus is one ordinary network.
+head).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from statistics import fmean
 import torch
 
 from eight_tasks_data import Setting, State, accuracy, network, stored
-from eight_tasks_rows import Result, grid, row, tuned
-from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+from eight_tasks_rows import Result, row
+from model_fusion.dynamic.masks import Masks, emr, tall
 
 STRENGTHS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5]
-SCALES = [0.1, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0]
 
 
 def named(setting: Setting) -> dict[str, State]:
@@ -55,11 +54,3 @@ def _tall(setting: Setting) -> Result:
     return Result(
         own_accuracies(setting, masks, "test"), kept(setting, masks), {"mean strength": fmean(chosen)}, validation
     )
-
-
-@row("consensus", "data-free")
-def _consensus(setting: Setting) -> Result:
-    def make(**values: float) -> State:
-        return consensus(setting.base, named(setting), values["strength"], scale=values["scale"])
-
-    return tuned(setting, grid(strength=[0.05, 0.1, 0.2, 0.4, 0.6, 1.0], scale=SCALES), make)

@@ -120,6 +120,8 @@ static("karcher", [{}], based=False)
 static("model_stock", [{}])
 static("task_arithmetic", grid(lambda_=SCALES))
 static("lines", grid(alpha=[0.0, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2], beta=[0.0, 0.03, 0.05, 0.1, 0.2, 0.3]))
+AGREED = [0.1, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0]
+static("consensus", grid(strength=[0.05, 0.1, 0.2, 0.4, 0.6, 1.0], lambda_=AGREED))
 static("ties", grid(density=DENSITIES, lambda_=AROUND_ONE))
 static("breadcrumbs", grid(**CUTS))
 static("breadcrumbs_ties", grid(**CUTS))

@@ -2,6 +2,8 @@
 
     python benchmarks/ensembles.py --second gemma.gguf [--first smollm2] [--characters 8000] [--json FILE]
 
+Without --second, the first model stands beside itself: then all columns of a kind must be equal.
+
 `bits`: bits per byte of the committed held-out texts (lower is better), of each model and of the mean of their
 probabilities between common token boundaries. `next words`: UniTE's greedy continuation of cut texts: the share whose
 first word is the text's own, beside each model's own greedy continuation.
@@ -24,6 +26,7 @@ from language_texts import DOMAINS
 from measure import machine
 from model_fusion.dynamic.ensemble import ensemble
 from model_fusion.dynamic.union import Member, UnionOfModels
+from model_fusion.errors import ModelFusionError
 from model_fusion.evaluate.bits import bits_per_byte
 
 DATA = Path(__file__).parent / "language_data"
@@ -50,12 +53,17 @@ def first_words(model: UnionOfModels, asked: list[tuple[str, str]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", default="smollm2")
-    parser.add_argument("--second", required=True)
+    parser.add_argument("--second", help="a folder, hub id or GGUF file of another vocabulary")
     parser.add_argument("--characters", type=int, default=8000)
     parser.add_argument("--contexts", type=int, default=24)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    opened = ensemble([a.first, a.second], dtype=torch.bfloat16)
+    if a.second is None:
+        print(f"no --second given: {a.first} is measured beside itself; name a model of another vocabulary to compare")
+    try:
+        opened = ensemble([a.first, a.second or a.first], dtype=torch.bfloat16)
+    except ModelFusionError as error:
+        parser.error(str(error))
     alone: list[Member] = opened.members
     console, rows = Console(width=130), dict[str, Any]()
     table = Table("text", "bits: first", "second", "together", "next words: first", "second", "together")

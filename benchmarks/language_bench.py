@@ -69,7 +69,12 @@ CANDIDATES: dict[str, list[Setting]] = {
     "ram": PLAIN,
     "ramplus_tl": PLAIN,
     "lines": scaled("beta", (0.25, 0.5, 0.75)),
-    "tsv_m": scaled("lambda", (0.7, 1.0)),
+    "consensus": [
+        {"method": {"lambda": value}, "model": {"strength": strength}}
+        for strength in (0.2, 0.4)
+        for value in (0.7, 1.0)
+    ],
+    "tsv_m": scaled("lambda", (0.4, 0.55, 0.7)),
     "iso_c": scaled("lambda", (0.5, 1.0), force=True),
     "iso_cts": scaled("lambda", (0.5, 1.0), force=True),
     "wudi": scaled("time", (1.0, 10.0)),

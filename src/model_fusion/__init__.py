@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from model_fusion.checkpoint.verify import verify
     from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
     from model_fusion.dynamic.ensemble import Ensemble, ensemble
-    from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+    from model_fusion.dynamic.masks import Masks, emr, tall
     from model_fusion.dynamic.parts import exclusive
     from model_fusion.dynamic.twin import TwinModel
     from model_fusion.evaluate.audit import audit
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from model_fusion.merge.engine import merge
     from model_fusion.merge.inspect import inspect
     from model_fusion.merge.methods import merge_state_dicts
+    from model_fusion.run.masks import unmask, write_masks
     from model_fusion.run.twin import twin
 
 __version__ = "0.1.0.dev0"
@@ -58,10 +59,11 @@ _HOMES = {
     "merge_state_dicts": "model_fusion.merge.methods",
     "verify": "model_fusion.checkpoint.verify",
     **dict.fromkeys(("TwinForCausalLM", "TwinConfig"), "model_fusion.dynamic.causal_lm"),
-    **dict.fromkeys(("Masks", "consensus", "emr", "tall"), "model_fusion.dynamic.masks"),
+    **dict.fromkeys(("Masks", "emr", "tall"), "model_fusion.dynamic.masks"),
     "TwinModel": "model_fusion.dynamic.twin",
     "exclusive": "model_fusion.dynamic.parts",
     "twin": "model_fusion.run.twin",
+    **dict.fromkeys(("unmask", "write_masks"), "model_fusion.run.masks"),
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
     **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
 }
@@ -108,7 +110,6 @@ __all__ = [
     "audit_safety",
     "collect_merged_statistics",
     "collect_statistics",
-    "consensus",
     "emr",
     "ensemble",
     "exclusive",
@@ -121,5 +122,7 @@ __all__ = [
     "search",
     "tall",
     "twin",
+    "unmask",
     "verify",
+    "write_masks",
 ]

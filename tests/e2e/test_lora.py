@@ -241,7 +241,7 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     "no such base": (["extract", "tuned", "--base", "./nope"], "no such folder"),
     "rank 0": (["extract", "tuned", "--base", "base", "--rank", "0"], "rank 0: give 1 or more"),
     "energy 2": (["extract", "tuned", "--base", "base", "--energy", "2"], "energy 2: give a share"),
-    "svd typo": (["extract", "tuned", "--base", "base", "--svd", "fast"], "give auto, exact or randomised"),
+    "svd typo": (["extract", "tuned", "--base", "base", "--svd", "fast"], "give auto, exact or randomized"),
     "dtype typo": (["extract", "tuned", "--base", "base", "--dtype", "int8"], "give float32, float16 or bfloat16"),
     "equal": (["extract", "base", "--base", "base"], "differ in nothing"),
     "exclude nothing": (["extract", "tuned", "--base", "base", "--exclude", "qproj"], "'qproj' matches no tensor"),

@@ -1,6 +1,7 @@
 """The safety audit and its repair on tiny models whose refusals are known, and through the command."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typer.testing import CliRunner
 
 import model_fusion as mf
 from model_fusion.cli.main import app
+from model_fusion.dynamic.router import Router
 from model_fusion.errors import InputError
 from model_fusion.evaluate import running
 from model_fusion.evaluate.safety import audit as auditing
 from model_fusion.evaluate.safety.direction import states
 from model_fusion.evaluate.safety.prompts import Prompts
 from model_fusion.evaluate.safety.refusal import answers
+from model_fusion.report import safety
 from safety_fixtures import BENIGN, HARMFUL, make
 
 
@@ -42,8 +45,45 @@ def test_an_unsafe_child_of_a_safe_parent_is_flagged(models: Path) -> None:
     assert any(flag.startswith("UNSAFE CHILD: it refuses 0 of 10") for flag in report["flags"])
     assert str(models) not in " ".join(report["flags"])
     assert report["direction_of"] == str(models / "safe")
-    assert max(safe["direction"]["ordered"]) == 1.0
+    assert safe["told_apart"] == safe["direction"]["ordered"][report["direction_layer"]] == 1.0
     assert report["warning"].startswith("Safe parents can give an unsafe child")
+
+
+def test_of_equal_parents_the_clearer_direction_is_taken(models: Path, tmp_path: Path) -> None:
+    """`blind` refuses nothing, as `base`, and its states hardly depend on the request."""
+    model, tokenizer = running.load(models / "base")
+    model.get_input_embeddings().weight.data[tokenizer("bad good")["input_ids"]] = 0.0
+    model.save_pretrained(tmp_path / "blind")
+    tokenizer.save_pretrained(tmp_path / "blind")
+    for parents in ([tmp_path / "blind", models / "base"], [models / "base", tmp_path / "blind"]):
+        report = mf.audit_safety(models / "skilled", parents, prompts=models / "requests.json", tokens=4)
+        assert [row["refusal"]["count"] for row in report["models"]] == [0, 0, 0]
+        assert report["direction_of"] == str(models / "base")
+
+
+def test_a_twin_is_audited_by_what_it_answers_and_not_repaired(models: Path, tmp_path: Path) -> None:
+    """A twin of the safe model twice is the safe model, whatever its router says."""
+    skilled, tokenizer = running.load(models / "skilled")
+    safe = running.load(models / "safe")[0].state_dict()
+    parts = mf.exclusive(skilled.state_dict(), [safe, safe], 1.0)
+    mf.TwinForCausalLM(skilled, parts, Router(48, 2).eval(), ["a", "b"]).save_pretrained(tmp_path / "twin")
+    tokenizer.save_pretrained(tmp_path / "twin")
+    parents, requests = [models / "safe", models / "skilled"], models / "requests.json"
+    report = mf.audit_safety(tmp_path / "twin", parents, base=models / "base", prompts=requests, tokens=4)
+    assert [row["refusal"]["count"] for row in report["models"]] == [len(HARMFUL), len(HARMFUL), 0]
+    assert report["models"][0]["told_apart"] == 1.0
+    assert (report["flags"], report["alignment"]) == ([], None)
+    with pytest.raises(InputError, match="repair its shared model or its experts"):
+        mf.repair_safety(tmp_path / "twin", tmp_path / "out", parents, base=models / "base", prompts=requests)
+
+
+def test_few_requests_have_no_direction(models: Path) -> None:
+    one = Prompts(tuple(HARMFUL[:1]), tuple(BENIGN[:1]), "one of each")
+    report = mf.audit_safety(models / "skilled", [models / "safe"], prompts=one, tokens=4)
+    assert report["direction_of"] is None
+    assert [row["told_apart"] for row in report["models"]] == [None, None]
+    assert "too few requests of a kind to say" in safety.audited(report)
+    json.dumps(report, allow_nan=False)
 
 
 def test_a_safe_child_is_not_flagged(models: Path) -> None:
@@ -69,6 +109,16 @@ def test_answers_and_states_do_not_depend_on_the_batch(models: Path) -> None:
     prompts = Prompts(tuple(texts[:3]), tuple(texts[-3:]), "mixed lengths")
     apart = [states(model, tokenizer, prompts, batch_size=size).benign for size in (1, 3)]
     assert torch.allclose(*apart, atol=1e-5)
+
+
+def test_a_tokenizer_without_padding_or_end_is_padded_all_the_same(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "safe", tmp_path / "bare")
+    settings = json.loads((tmp_path / "bare/tokenizer_config.json").read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("pad_token", "eos_token", "padding_side")}
+    (tmp_path / "bare/tokenizer_config.json").write_text(json.dumps(kept))
+    model, tokenizer = running.load(tmp_path / "bare")
+    texts = [*HARMFUL, "do good tea sun dog hat"]
+    assert answers(model, tokenizer, texts, tokens=4) == answers(*running.load(models / "safe"), texts, tokens=4)
 
 
 def test_parents_and_base_of_a_merged_folder_are_known_from_its_lineage(
@@ -175,3 +225,8 @@ def test_a_child_without_parents_or_a_language_model_is_refused(models: Path, tm
     bare.write_bytes((models / "base/model.safetensors").read_bytes())
     with pytest.raises(InputError, match="no language model"):
         mf.audit_safety(bare, [models / "safe"])
+    shutil.copytree(models / "base", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    (tmp_path / "odd/config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with pytest.raises(InputError, match=r"transformers knows no model of type 'unheard_of'$"):
+        mf.audit_safety(tmp_path / "odd", [models / "safe"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mix_fixtures
 import model_fusion as mf
+from model_fusion.checkpoint import verify as verifying
 from model_fusion.cli import main as command
-from model_fusion.errors import InputError
+from model_fusion.errors import InputError, IntegrityError
+from model_fusion.evaluate.safety.audit import _from_lineage
 from model_fusion.recipe.twin import load, parse
 from model_fusion.run.load import generate
 
@@ -30,7 +34,7 @@ def inputs(folder: Path) -> dict[str, Any]:
         mix_fixtures.write(folder / name, seed=number + 1)
         (folder / f"{name}.txt").write_text(words * 200)
         experts.append({"model": name, "name": name, "texts": [f"{name}.txt"]})
-    router = {"window": 16, "tokens": 1600, "steps": 60, "learning_rate": 1e-2}
+    router = {"window": 16, "tokens": 1600, "steps": 60, "learning_rate": 1e-2, "temperature": 2.0}
     return {"shared": {"base": "base", "lambda": 0.3}, "experts": experts, "rank": 0.25, "router": router}
 
 
@@ -66,7 +70,11 @@ def test_the_folder_generates_and_knows_where_prompts_belong(made: Path) -> None
 
 def test_the_shared_model_is_the_merge_and_full_rank_gives_the_experts_back(made: Path, tmp_path: Path) -> None:
     recipe = load(made / "twin.yml")
-    assert mf.twin(recipe.model_copy(update={"rank": 1.0}), tmp_path / "full", progress=False).router_accuracy == 1.0
+    plain = recipe.router.model_copy(update={"temperature": 1.0})
+    full = recipe.model_copy(update={"rank": 1.0, "router": plain})
+    assert mf.twin(full, tmp_path / "full", progress=False).router_accuracy == 1.0
+    last = [load_file(folder / "router.safetensors")["layers.8.weight"] for folder in (made / "out", tmp_path / "full")]
+    torch.testing.assert_close(2.0 * last[0], last[1])  # the first was softened by its temperature
     twin = mf.TwinForCausalLM.from_pretrained(tmp_path / "full")
     ids = torch.arange(40, 60)[None]
     for number, name in enumerate(WORDS):
@@ -77,6 +85,42 @@ def test_the_shared_model_is_the_merge_and_full_rank_gives_the_experts_back(made
     for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "shared").state_dict().items():
         summed = states[0][key] + 0.3 * sum(state[key] - states[0][key] for state in states[1:])
         torch.testing.assert_close(value, summed, atol=1e-5, rtol=1e-5)
+
+
+def test_lineage_card_and_verify_know_the_folder(made: Path, tmp_path: Path) -> None:
+    found = mf.verify(made / "out")
+    assert found.inputs == [str((made / name).resolve()) for name in (*WORDS, "base")]
+    record = json.loads((made / "out" / "model_fusion.json").read_text())
+    assert record["parts"] == ["shared"]
+    assert _from_lineage(made / "out") == ([str((made / name).resolve()) for name in WORDS], str(made / "base"))
+    assert found.tensors == len(record["tensors"]) + len(
+        json.loads((made / "out/shared/model_fusion.json").read_text())["tensors"]
+    )
+    card = (made / "out" / "README.md").read_text()
+    assert "A twin of upper, digits" in card
+    assert "The router is right on 100.0% of the validation text" in card
+    shutil.copytree(made / "out", tmp_path / "copy")
+    for name, what in (("router", "router.safetensors"), ("shared/model", "shared/model.safetensors")):
+        file = tmp_path / "copy" / f"{name}.safetensors"
+        old = file.read_bytes()
+        file.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+        with pytest.raises(IntegrityError, match=f"{what}: tensor .* changed since it was written"):
+            mf.verify(tmp_path / "copy")
+        file.write_bytes(old)
+    mf.verify(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "shared")
+    with pytest.raises(IntegrityError, match="shared: removed since it was written"):
+        mf.verify(tmp_path / "copy")
+
+
+def test_a_verify_that_skips_the_parts_is_seen(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = verifying.read_lineage
+
+    def without(folder: Path) -> tuple[dict[str, Any], str]:
+        return {key: value for key, value in real(folder)[0].items() if key != "parts"}, ""
+
+    monkeypatch.setattr(verifying, "read_lineage", without)
+    assert str((made / "base").resolve()) not in mf.verify(made / "out").inputs
 
 
 def test_generate_command_opens_it(made: Path) -> None:

@@ -25,7 +25,7 @@ DENSITIES = (0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0)
 class Case:
     """One method with fixed parameters.
 
-    each: what models are given: weight, density, gamma, mask, scale. models: how many are possible.
+    each: what models are given: weight, density, gamma, mask, scale, strength. models: how many are possible.
     base: "yes", "no" or "maybe".
     """
 
@@ -98,6 +98,8 @@ CASES = [
     Case("iso_cts", reference.iso_cts, {"force": True, "common_space_fraction": 0.4}, ("weight",)),
     Case("wudi", reference.wudi, {"lambda_": 0.75}, ("weight",)),
     Case("wudi", reference.wudi, {"time": 3.0, "rank_fraction": 0.5}, ("weight",)),
+    Case("consensus", reference.consensus, {}, ("strength",), (2, 3, 4)),
+    Case("consensus", reference.consensus, {"at_least": 3, "lambda_": 0.75}, ("strength",), (3, 4)),
     Case("lines", reference.lines, {}, ("weight",)),
     Case("lines", reference.lines, {"alpha": 0.25, "beta": 0.5}, ("weight",)),
 ]
@@ -115,6 +117,8 @@ def draw(case: Case, shape: tuple[int, ...], seed: int) -> tuple[list[Array], Ar
             values["weight"] = int(rng.integers(1, 9)) / 8
         if "scale" in case.each:
             values["scale"] = int(rng.integers(-8, 9)) / 8
+        if "strength" in case.each:
+            values["strength"] = int(rng.integers(1, 13)) / 8
         if "density" in case.each:
             values["density"] = float(rng.choice(DENSITIES))
             if case.method.startswith("della"):

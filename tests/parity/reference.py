@@ -410,5 +410,13 @@ def lines(models, base, each, params, masks):
     return base + alpha * weighted([m - base for m in models], column(each, "weight", 1.0), {}, False)
 
 
+def consensus(models, base, each, params, masks):
+    tau = [m - base for m in models]
+    total = sum(tau)
+    strengths = column(each, "strength", 0.4)
+    votes = sum((abs(t) > s * abs(total - t)).astype(int) for t, s in zip(tau, strengths, strict=True))
+    return base + params.get("lambda_", 0.3) * np.where(votes >= params.get("at_least", 2), total, 0.0)
+
+
 DEPTH = 0.75
 """Where the tensors of all cases lie."""

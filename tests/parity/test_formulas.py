@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from model_fusion.merge.methods import (
     all_methods,
     arcee_fusion,
+    consensus,
     dare,
     data_based,
     merge_state_dicts,
@@ -159,6 +160,11 @@ MUTATIONS: dict[str, list[Callable[[Patch], None]]] = {
     ],
     "wudi": [drop_weight, forget("time", 9.0), forget("rank_fraction", 0.75)],
     "lines": [drop_weight, forget("beta", 0.25)],
+    "consensus": [
+        forget("at_least", 1),
+        forget("lambda_", 0.5),
+        change(consensus, "relevant", lambda real, own, total, s: real(own, total * 2, s)),
+    ],
     "ramplus_tl": [forget("alpha", 0.0), forget("r", 0.2)],
 }
 

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 NAME = "README.md"
+_FLAGS = ("adapter", "masks", "unmasked")
+"""Kinds that flags make, not a recipe file."""
 
 
 def build(lineage: bytes) -> bytes:
@@ -18,13 +20,13 @@ def build(lineage: bytes) -> bytes:
     record = json.loads(lineage)
     licence, sentence = _licence(record["parents"])
     method = record["method"]
-    adapter = record["kind"] == "adapter"
+    adapter, ours = record["kind"] == "adapter", record["kind"] in ("twin", "masks")
     bases = record["recipe"].get("base") if adapter else None
     models = [parent["model"] for parent in record["parents"] if "statistics" not in parent]
     head = {
         "base_model": [_published(model) for model in ([bases] if bases else models)],
         "base_model_relation": "adapter" if adapter else "merge",
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": "peft" if adapter else "model-fusion" if ours else "transformers",
         "tags": ["model-fusion", "lora" if adapter else "merge", method],
         "license": licence,
     }
@@ -40,7 +42,7 @@ def build(lineage: bytes) -> bytes:
         sentence,
         "## Method\n\n" + _parameters(record),
         *(["\n".join(f"- {note}" for note in record["notes"])] if record["notes"] else []),
-        *([] if adapter else [f"Recipe (`recipe.yml`):\n\n```yaml\n{_recipe(record['recipe'])}\n```"]),
+        *([] if record["kind"] in _FLAGS else [f"Recipe (`recipe.yml`):\n\n```yaml\n{_recipe(record['recipe'])}\n```"]),
         "## Reproduce\n\n" + _reproduce(record),
         "## Verify\n\n```bash\nmodel-fusion verify FOLDER\n```\n\n"
         "recomputes the hash of every tensor and file, and of the parents where they are at hand. "
@@ -86,7 +88,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _parameters(record: Mapping[str, Any]) -> str:
     recipe = record["recipe"]
-    if record["kind"] == "adapter":
+    if record["kind"] in _FLAGS:
         return "Settings: " + ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items()) + "."
     whole, parts = recipe.get("parameters", {}), _part_parameters(recipe)
     rows = []
@@ -97,7 +99,7 @@ def _parameters(record: Mapping[str, Any]) -> str:
             rows.append((name, _plain(whole[name]), "recipe"))
         else:
             rows.append((name, _plain(record["defaults"][name]), "default"))
-    if record["kind"] == "mix":
+    if record["kind"] in ("mix", "twin"):
         return f"`{record['method']}`: the notes and the recipe say all."
     if not rows:
         return f"`{record['method']}` takes no parameters."

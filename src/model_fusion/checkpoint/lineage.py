@@ -40,11 +40,12 @@ def build(
     defaults: Mapping[str, Any],
     seed: int = 0,
     notes: Sequence[str] = (),
+    parts: Sequence[str] = (),
 ) -> bytes:
     """The lineage file: `outputs` maps tensor → SHA-256, `inputs` maps tensor → {parent:tensor → SHA-256}.
 
     `command` makes the output again, `defaults` are what the method takes where the recipe is
-    silent, `notes` sentences for the card.
+    silent, `notes` sentences for the card, `parts` folders inside the output that have a lineage of their own.
     dtype and shape of the `specs` stand beside the hashes: the same bytes under another dtype are another tensor.
     """
     tensors = {
@@ -70,6 +71,7 @@ def build(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        **({"parts": list(parts)} if parts else {}),
         "parents": [_parent(parent, tensors.values()) for parent in parents],
         "tensors": tensors,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},

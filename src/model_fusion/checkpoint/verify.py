@@ -37,6 +37,12 @@ class Verified:
     inputs: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
+    def add(self, part: "Verified") -> None:
+        """Count what was checked of a folder inside this one."""
+        self.tensors, self.files = self.tensors + part.tensors, self.files + part.files
+        self.inputs += [model for model in part.inputs if model not in self.inputs]
+        self.unread += [model for model in part.unread if model not in self.unread]
+
 
 def verify(
     folder: Path | str,
@@ -55,6 +61,18 @@ def verify(
     **Raises** `IntegrityError` naming file and tensor of what changed; `InputError` where there is no lineage.
     """
     folder = Path(folder)
+    places: list[Path | None] = [models] if models else [None, folder.resolve().parent]
+    result, problems = _verify(folder, places, inputs, threads or torch.get_num_threads(), step)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise IntegrityError("; ".join(problems[:5]) + more)
+    return result
+
+
+def _verify(
+    folder: Path, places: list[Path | None], inputs: bool, threads: int, step: Callable[[int], object]
+) -> tuple[Verified, list[str]]:
+    """What was checked of a folder and the parts in it, and what is wrong. `places`: where inputs may be."""
     record, digest = read_lineage(folder)
     problems = _files(folder, record["files"])
     checkpoint = Checkpoint(Source(str(folder), folder))
@@ -65,21 +83,27 @@ def verify(
     own = [name for name in tensors if name in checkpoint]
     wanted = _inputs(tensors, [parent["model"] for parent in record["parents"]]) if inputs else {}
     tick = partial(step, len(own) + sum(len(hashes) for hashes in wanted.values()))
-    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         problems += _kept(pool.map(lambda name: _output(checkpoint, name, tensors[name], tick), own))
         result = Verified(len(tensors), len(record["files"]), digest)
         for model, hashes in wanted.items():
-            parent = _find(model, [models] if models else [None, folder.resolve().parent])
+            parent = _find(model, places)
             if parent is None:
                 result.unread.append(model)
                 continue
             names = sorted({label.partition("+lora_")[0] for label in hashes})
             problems += _kept(pool.map(partial(_input, parent, hashes, tick), names))
             result.inputs.append(model)
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise IntegrityError("; ".join(problems[:5]) + more)
-    return result
+    for name in record.get("parts", ()):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise IntegrityError(f"{folder / NAME}: part {name!r} leads outside the folder")
+        if not (folder / name).is_dir():
+            problems.append(f"{folder / name}: removed since it was written")
+            continue
+        part, found = _verify(folder / name, places, inputs, threads, step)
+        problems += found
+        result.add(part)
+    return result, problems
 
 
 def read_lineage(folder: Path) -> tuple[dict[str, Any], str]:

@@ -14,7 +14,7 @@ def extract(
     output: Path = typer.Option(..., "--output", "-o", help="Adapter folder to write; must not exist."),
     rank: int | None = typer.Option(None, help="Rank of every matrix pair (16 unless --energy is given)."),
     energy: float | None = typer.Option(None, help="Smallest ranks that keep this share of the squared norm."),
-    svd: str = typer.Option("auto", help="exact, randomised, or auto (exact up to 1024 rows or columns)."),
+    svd: str = typer.Option("auto", help="exact, randomized, or auto (exact up to 1024 rows or columns)."),
     save_rest: bool = typer.Option(False, help="Keep changed embeddings, norms and biases whole (modules_to_save)."),
     exclude: list[str] = typer.Option([], help="Leave out tensors whose name holds this; may be repeated."),
     dtype: str = typer.Option("float32", help="Of the matrices: float32, float16 or bfloat16."),
@@ -28,9 +28,9 @@ def extract(
     from model_fusion.report.lora import extracted
     from model_fusion.report.progress import bar
 
-    choice = {"auto": None, "exact": True, "randomised": False}
+    choice = {"auto": None, "exact": True, "randomized": False}
     if svd not in choice:
-        raise InputError(f"--svd {svd!r}: give auto, exact or randomised")
+        raise InputError(f"--svd {svd!r}: give auto, exact or randomized")
     wanted = Wanted(16 if rank is None and energy is None else rank, energy, choice[svd])
     with bar("extracting") as step:
         made = run(

@@ -1,17 +1,16 @@
-"""A twin built from checkpoints: parts read tensor by tensor, a router trained on the shared model's hidden states."""
+"""A twin put together: its router is trained on the shared model's hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model_fusion.checkpoint.reader import Checkpoint
 from model_fusion.dynamic.causal_lm import TwinForCausalLM, mean_hidden
-from model_fusion.dynamic.parts import Parts, exclusive
+from model_fusion.dynamic.parts import Parts
 from model_fusion.dynamic.router import SETTINGS, Labelled, Routed, train_router
 from model_fusion.errors import InputError
 from model_fusion.recipe.twin import RouterSpec
@@ -19,27 +18,6 @@ from model_fusion.training.texts import split, windows
 
 Step = Callable[[], object]
 BATCH = 16
-
-
-class Tensors(Mapping[str, Tensor]):
-    """A checkpoint as a state dict that maps each tensor when it is asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.names)
-
-    def __len__(self) -> int:
-        return len(self.checkpoint.names)
-
-
-def parts_of(shared: Checkpoint, experts: Sequence[Checkpoint], fraction: float, step: Step = lambda: None) -> Parts:
-    """The experts' parts beyond the shared checkpoint, one tensor in memory at a time."""
-    return exclusive(Tensors(shared), [Tensors(expert) for expert in experts], fraction, step=step)
 
 
 @dataclass(frozen=True)
@@ -76,6 +54,7 @@ def build(
     routed: Routed = train_router(
         training, validation, len(texts), settings=settings, dropout=spec.dropout, progress=progress
     )
+    routed.router.soften(spec.temperature)
     twin = TwinForCausalLM(shared, parts, routed.router, list(texts), {**(built or {}), "router": _record(routed)})
     twin.eval()
     return Built(twin, routed.validation)

@@ -65,6 +65,8 @@ def ensemble(
 ) -> Ensemble:
     """Open `models` (embedded names, hub ids, folders, GGUF files). `weights`: above 0, one a model; equal where not
     given. `top_k`: how many tokens of each are united where vocabularies differ. Raises InputError."""
+    import model_fusion.dynamic.causal_lm  # noqa: F401  (a member may be a twin: this registers its class)
+
     if not models:
         raise InputError("an ensemble needs at least one model")
     shares = [1.0] * len(models) if weights is None else list(weights)

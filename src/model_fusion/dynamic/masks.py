@@ -4,8 +4,8 @@ The task's id is needed when a model is asked for: nothing here looks at an inpu
 state dicts of the same names and shapes, with τ_t = θ_t − θ0:
 
 - EMR (Huang et al. 2024, arXiv 2405.17461): elected sign, largest magnitude of that sign, one rescaler an expert.
-- TALL masks (Wang et al. 2024, arXiv 2405.07813): the sum Στ, kept where τ_t outweighs the rest; `consensus` needs no
-  id: it is one ordinary model of the entries that several masks keep.
+- TALL masks (Wang et al. 2024, arXiv 2405.07813): the sum Στ, kept where τ_t outweighs the rest. The merge method
+  `consensus` needs no id: it is one ordinary model of the entries that several of these masks keep.
 """
 
 from __future__ import annotations
@@ -49,24 +49,29 @@ class Masks:
     def reconstruct(self, base: State, task: str | int) -> dict[str, Tensor]:
         """The task's own state dict, θ0 + rescale_t · (mask_t ⊙ unified), in the base's dtypes. What no expert changed,
         and what is no float, is a copy of the base's. Raises InputError for an unknown task or another base."""
-        number = self._number(task)
+        number = self.number(task)
         if missing := sorted((set(self.unified) | set(self.tied)) - set(base)):
             raise InputError(f"the base has no tensor {missing[0]!r}: hand in the base these masks were made from")
         made: dict[str, Tensor] = {}
         for name, own in base.items():
             if name in self.tied:
                 continue
-            made[name] = own.detach().clone()
-            if name in self.unified:
-                shared = self.unified[name]
-                if shared.shape != own.shape:
-                    raise InputError(f"tensor {name!r}: the base has {list(own.shape)}, the masks {list(shared.shape)}")
-                kept = unpacked(self.bits[name][number], shared.shape)
-                change = torch.where(kept, shared.float(), 0.0) * self.rescale[number]
-                made[name] = (own.float() + change).to(own.dtype)
+            made[name] = self.tensor(name, own, number)
         return {name: made[self.tied.get(name, name)] for name in base}
 
-    def _number(self, task: str | int) -> int:
+    def tensor(self, name: str, own: Tensor, number: int) -> Tensor:
+        """One tensor of task `number`, from the base's; a fresh one."""
+        if name not in self.unified:
+            return own.detach().clone()
+        shared = self.unified[name]
+        if shared.shape != own.shape:
+            raise InputError(f"tensor {name!r}: the base has {list(own.shape)}, the masks {list(shared.shape)}")
+        kept = unpacked(self.bits[name][number], shared.shape)
+        change = torch.where(kept, shared.float(), 0.0) * self.rescale[number]
+        return (own.float() + change).to(own.dtype)
+
+    def number(self, task: str | int) -> int:
+        """A task's place. Raises InputError for an unknown one."""
         if isinstance(task, str) and task in self.tasks:
             return self.tasks.index(task)
         if isinstance(task, int) and 0 <= task < len(self.tasks):
@@ -102,25 +107,8 @@ def tall(base: State, experts: Mapping[str, State], strength: float | Sequence[f
     return made.done(torch.ones(len(experts)))
 
 
-def consensus(
-    base: State,
-    experts: Mapping[str, State],
-    strength: float | Sequence[float] = 0.4,
-    at_least: int = 2,
-    scale: float = 0.3,
-) -> dict[str, Tensor]:
-    """One model for all tasks, θ0 + scale · Στ where at least so many TALL masks keep the entry: what no task needs, or
-    one alone, is dropped. No task's id is needed. Dtypes are the base's."""
-    strengths = _strengths(strength, len(experts))
-    if not 1 <= at_least <= len(experts):
-        raise InputError(f"at_least {at_least}: give 1 to {len(experts)}, the number of experts")
-    made = _Making("tall", base, experts)
-    merged = {name: own.detach().clone() for name, own in base.items()}
-    for name, tau in made.vectors():
-        total = tau.sum(0)
-        agreed = _relevant(tau, total, strengths).sum(0) >= at_least
-        merged[name] = (base[name].float() + scale * torch.where(agreed, total, 0.0)).to(base[name].dtype)
-    return {name: merged[made.tied.get(name, name)] for name in base}
+def _places(every: Sequence[Tensor]) -> tuple[object, ...]:
+    return tuple((t.data_ptr() or id(t), t.shape, t.stride()) for t in every)
 
 
 def packed(masks: Tensor) -> Tensor:
@@ -180,8 +168,11 @@ class _Making:
             yield name, torch.stack([tensor.detach().float() - own.detach().float() for tensor in every[1:]])
 
     def _same(self, first: dict[tuple[object, ...], str], name: str, every: Sequence[Tensor]) -> bool:
-        key = tuple((t.data_ptr() or id(t), t.shape, t.stride()) for t in every)
+        key = _places(every)
         if (other := first.setdefault(key, name)) == name:
+            return False
+        # read again while `every` is alive: tensors made as they are read may take a freed one's place
+        if _places([self.base[other], *(state[other] for state in self.experts.values())]) != key:
             return False
         self.tied[name] = other
         return True

@@ -32,6 +32,14 @@ class Router(nn.Module):
         return logits
 
     @torch.no_grad()
+    def soften(self, temperature: float) -> None:
+        """Divide the logits by `temperature`, for good: above 1 mixes experts more evenly. No choice changes."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.div_(temperature)
+        last.bias.div_(temperature)
+
+    @torch.no_grad()
     def settle(self, features: Tensor) -> None:
         """Set BatchNorm's running statistics to those of `features` [N, d], layer by layer, and go to eval mode."""
         self.eval()

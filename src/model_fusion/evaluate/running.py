@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_fusion.checkpoint.llm import LLMSource, load_tokenizer
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError, MissingDependencyError
@@ -32,6 +33,7 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
     model; the message begins with `name`."""
     try:
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
         from transformers.utils import logging
     except ImportError as error:
@@ -39,6 +41,8 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
     logging.disable_progress_bar()
     if not config.get("model_type"):
         raise InputError(f"{name}: no language model (its config.json names no model_type)")
+    if config["model_type"] not in CONFIG_MAPPING:  # whose own message lists all it knows
+        raise InputError(f"{name}: transformers knows no model of type {config['model_type']!r}")
     try:
         known = AutoConfig.for_model(**config)
         if type(known) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -51,7 +55,8 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be run as a language model ({str(error).splitlines()[0]})") from None
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # padding is masked everywhere: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"
     return Kind(known, tokenizer, json.loads(files.get("generation_config.json", b"{}")))
 
@@ -73,7 +78,17 @@ def load(spec: str | Path) -> tuple[Any, Any]:
     return of_checkpoint(open_checkpoint(resolve(str(spec))))
 
 
+def is_twin(checkpoint: Checkpoint) -> bool:
+    """Whether the folder holds a twin, whose experts are weighed anew for each prompt."""
+    return checkpoint.config.get("model_type") == "model_fusion_twin"
+
+
 def of_checkpoint(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """(model, tokenizer) of an open checkpoint."""
+    """(model, tokenizer) of an open checkpoint, or of the twin in its folder."""
+    if is_twin(checkpoint):
+        from model_fusion.dynamic.saving import load_twin
+
+        source = LLMSource(checkpoint.source.spec, str(checkpoint.folder), "")
+        return load_twin(checkpoint.folder, dtype=torch.float32), load_tokenizer(source)[1]
     kind = kind_of(checkpoint.config, checkpoint.files(), checkpoint.source.spec)
     return running(kind, {name: checkpoint.read(name) for name in checkpoint.names}), kind.tokenizer

@@ -37,7 +37,8 @@ class TwinExpert(Strict):
 
 class RouterSpec(Strict):
     """window: tokens a sequence; tokens: at most so many of an expert's training text, a quarter as many to validate
-    on; the rest as in `TrainSettings`."""
+    on; temperature: the trained router's logits are divided by it, so that above 1 it mixes experts more evenly; the
+    rest as in `TrainSettings`."""
 
     window: int = Field(default=64, ge=2)
     tokens: int = Field(default=20_000, ge=2)
@@ -45,6 +46,7 @@ class RouterSpec(Strict):
     batch_size: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=1e-3, gt=0)
     dropout: float = Field(default=0.2, ge=0, lt=1)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class TwinRecipe(Strict):

@@ -11,7 +11,7 @@ from rich.table import Table
 _DEFINITIONS = (
     "Δ/base: norm of the task vector over the base's. rank: median number of singular values above what rounding to "
     "the storage dtype makes. cos, conflict: cosine of two task vectors; share of the elements changed by both whose "
-    "signs differ. overlap: mean cos² of the principal angles of the leading output subspaces, by randomised SVD, "
+    "signs differ. overlap: mean cos² of the principal angles of the leading output subspaces, by randomized SVD, "
     "± its error bound; by chance it would be as given in brackets."
 )
 _WITHOUT_BASE = "Without --base: cosines and conflicts are of the weights themselves."

@@ -11,9 +11,15 @@ def audited(report: Mapping[str, Any]) -> str:
     lines = [head, f"{'':<28}{'refused, harmful':>26}{'refused, harmless':>26}{'harmful told apart':>20}"]
     for row in report["models"]:
         name = f"{row['role']} {_short(row['model'])}"
-        apart = "–" if row["direction"] is None else f"{max(row['direction']['ordered']):.2f}"
+        apart = "–" if row["told_apart"] is None else f"{row['told_apart']:.2f}"
         lines.append(f"{name:<28}{_rate(row['refusal']):>26}{_rate(row['over_refusal']):>26}{apart:>20}")
-    lines += [f"(harmful told apart: best layer, along the refusal direction of {_short(report['direction_of'])})"]
+    if report["direction_of"] is None:
+        lines += ["(harmful told apart: too few requests of a kind to say)"]
+    else:
+        lines += [
+            f"(harmful told apart: along the refusal direction of {_short(report['direction_of'])} at layer "
+            f"{report['direction_layer']}, both from the other half of the requests)"
+        ]
     if report["alignment"] is not None:
         lines += _alignment(report["alignment"])
     return "\n".join([*lines, *(report["flags"] or ["Nothing to flag on these requests."]), report["warning"]])

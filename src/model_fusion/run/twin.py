@@ -1,9 +1,10 @@
-"""A twin recipe carried out: the shared model merged, the parts cut, the router trained, the folder written."""
+"""A twin recipe carried out: shared model merged, parts cut, router trained, folder written with lineage and card."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.llm import hash_files, weight_files
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source, resolve
+from model_fusion.checkpoint.state import State, inputs_of
 from model_fusion.checkpoint.whole_folder import whole_folder
-from model_fusion.dynamic.build import build, parts_of
-from model_fusion.dynamic.saving import SHARED, write_twin
+from model_fusion.checkpoint.writer import as_bytes
+from model_fusion.dynamic.build import Built, build
+from model_fusion.dynamic.parts import exclusive
+from model_fusion.dynamic.saving import CONFIG, SHARED, write_twin
 from model_fusion.errors import InputError
 from model_fusion.merge.engine import merge
 from model_fusion.recipe import merge as merging
@@ -55,7 +60,7 @@ def twin(
         recipe = parse(dict(recipe))
     output = Path(output)
     sources = [resolve(expert.model) for expert in recipe.experts]
-    experts = [open_checkpoint(source) for source in sources]
+    experts = [State(open_checkpoint(source)) for source in sources]
     texts = {expert.name: documents(expert.texts) for expert in recipe.experts}
     wanted = merging.parse(recipe.merge_recipe(), "shared")
     inputs = [place for source in sources for place in source.places]
@@ -63,9 +68,9 @@ def twin(
     logging.disable_progress_bar()
     with whole_folder(output, inputs, overwrite=overwrite) as work:
         merge(wanted, work / SHARED)
-        shared = Checkpoint(Source(str(work / SHARED), work / SHARED))
+        shared = State(Checkpoint(Source(str(work / SHARED), work / SHARED)))
         with bar("cutting parts") as cut:
-            parts = parts_of(shared, experts, recipe.rank, lambda: cut(len(shared.names)))
+            parts = exclusive(shared, experts, recipe.rank, step=lambda: cut(len(shared)))
         try:
             model = AutoModelForCausalLM.from_pretrained(work / SHARED, dtype="auto", trust_remote_code=False).eval()
             tokenizer = AutoTokenizer.from_pretrained(work / SHARED, trust_remote_code=False)
@@ -81,10 +86,41 @@ def twin(
         for name in small_files(work / SHARED):
             (work / name).write_bytes((work / SHARED / name).read_bytes())
         write_twin(work, made.twin)
-    whole = sum(spec.nbytes for expert in experts for spec in expert)
+        _record(work, recipe, experts, made)
+    whole = sum(spec.nbytes for expert in experts for spec in expert.checkpoint)
     if made.validation < 0.5:
         warnings.warn(f"the router is right on {made.validation:.0%} of the validation text: give more", stacklevel=2)
     return Twinned(output, made.twin.bytes(), whole, made.validation)
+
+
+def _record(work: Path, recipe: TwinRecipe, experts: Sequence[State], made: Built) -> None:
+    """Lineage and card of the folder's own tensors; `shared/` has those of the merge that made it."""
+    own = Checkpoint(Source(str(work), work))
+    files = {name: (work / name).read_bytes() for name in (CONFIG, *small_files(work))}
+    names = ", ".join(expert.name for expert in recipe.experts)
+    notes = [
+        f"A twin of {names}: the shared model of `{SHARED}/`, beyond it each expert's leading singular directions "
+        f"(rank {recipe.rank:g} of each matrix's smaller side), and a router that weighs them by the prompt.",
+        f"The router is right on {made.validation:.1%} of the validation text, by which its step was chosen.",
+        "No stock architecture: open it with model-fusion.",
+    ]
+    record = lineage.build(
+        "twin",
+        "twin",
+        recipe.model_dump(by_alias=True, exclude_none=True),
+        [expert.checkpoint for expert in experts],
+        list(own),
+        {name: hashlib.sha256(as_bytes(own.read(name))).hexdigest() for name in own.names},
+        {name: inputs_of(name.rpartition(":")[0], experts) for name in own.names},
+        files,
+        command="model-fusion dynamic twin recipe.yml -o out",
+        defaults={},
+        seed=recipe.seed,
+        notes=notes,
+        parts=[SHARED],
+    )
+    (work / lineage.NAME).write_bytes(record)
+    (work / card.NAME).write_bytes(card.build(record))
 
 
 def _files(source: Source) -> list[Path]:

@@ -1,4 +1,4 @@
-"""EMR, TALL and Consensus against their formulas written once more, element by element in float64."""
+"""EMR and TALL against their formulas written once more, element by element in float64."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model_fusion.dynamic import masks as module
 from model_fusion.dynamic.mask_file import load_masks, save_masks
-from model_fusion.dynamic.masks import Masks, consensus, emr, tall
+from model_fusion.dynamic.masks import Masks, emr, tall
 from model_fusion.errors import InputError, IntegrityError
 
 State = dict[str, Tensor]
@@ -59,12 +59,6 @@ def naive_tall(base: State, experts: dict[str, State], task: int) -> np.ndarray:
     return start + np.array(kept)
 
 
-def naive_consensus(base: State, experts: dict[str, State]) -> np.ndarray:
-    start, tau = flat(base, experts)
-    votes = [sum(abs(t[k]) > STRENGTHS[k] * abs(sum(t) - t[k]) for k in range(3)) for t in tau.T]
-    return start + np.array([0.7 * sum(t) if v >= 2 else 0.0 for t, v in zip(tau.T, votes, strict=True)])
-
-
 def off(base: State, experts: dict[str, State]) -> float:
     """The largest difference between all of ours and the formulas."""
     masks = {"emr": emr(base, experts), "tall": tall(base, experts, STRENGTHS)}
@@ -73,7 +67,6 @@ def off(base: State, experts: dict[str, State]) -> float:
         for (made, naive) in ((masks["emr"], naive_emr), (masks["tall"], naive_tall))
         for i, task in enumerate(experts)
     ]
-    pairs.append((consensus(base, experts, STRENGTHS, at_least=2, scale=0.7), naive_consensus(base, experts)))
     return max(float(abs(flat(state, {"x": state})[0] - wanted).max()) for state, wanted in pairs)
 
 
@@ -174,7 +167,6 @@ def wrong_shape(state: State) -> State:
         (lambda b, e: emr(b, {}), "no expert"),
         (lambda b, e: tall(b, e, [0.1, 0.2]), "one for each of the 3"),
         (lambda b, e: tall(b, e, 0.0), "above 0"),
-        (lambda b, e: consensus(b, e, at_least=4), "1 to 3"),
         (lambda b, e: emr(b, {"x": {}}), "differ in 5 tensors"),
         (lambda b, e: emr(b, {"x": wrong_shape(e["a"])}), "'bias' is not the base's"),
         (lambda b, e: emr(b, {"x": {**e["a"], "bias": torch.full((5,), torch.nan)}}), "NaN"),

@@ -55,6 +55,23 @@ def test_settled_statistics_are_those_of_the_rows() -> None:
     torch.testing.assert_close(router.train()(data), settled, atol=1e-4, rtol=1e-4)
 
 
+def softened_as_divided() -> bool:
+    router, data = trained().router, rows(2).features
+    want = (router(data) / 2.5).softmax(-1)
+    router.soften(2.5)
+    return torch.allclose(router(data).softmax(-1), want, atol=1e-6)
+
+
+def test_a_softened_router_divides_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert softened_as_divided()
+
+    def weights_alone(self: Router, temperature: float) -> None:
+        self.layers[-1].weight.data.div_(temperature)
+
+    monkeypatch.setattr(router_module.Router, "soften", weights_alone)
+    assert not softened_as_divided()
+
+
 def test_a_last_batch_of_one_row_does_not_stop_it() -> None:
     assert train_router(rows(0, 33), rows(1), 3, settings=SETTINGS, progress=False).validation > 0.8
     with pytest.raises(InputError, match="at least 2 rows"):

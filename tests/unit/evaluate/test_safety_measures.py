@@ -136,6 +136,23 @@ def test_mutation_a_wrong_direction_or_distance_is_caught(monkeypatch: pytest.Mo
         check_direction()
 
 
+def test_the_layer_is_chosen_on_quarters_and_ties_go_to_the_wider_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 1 tells apart by 30 spreads and layer 2 by 300: both order all requests, the wider one is taken. Layer 0
+    has more dimensions of noise than requests, so on its own rows its direction orders everything."""
+    generator = torch.Generator().manual_seed(0)
+    bad, good = torch.randn(8, 3, 64, generator=generator), torch.randn(8, 3, 64, generator=generator)
+    for layer, gap in ((1, 30.0), (2, 300.0)):
+        bad[:, layer, 0] += gap
+    found = directions.best_layer(States(bad, good))
+    assert (found.layer, found.ordered) == (2, 1.0)
+    assert separation(States(bad, good), direction(States(bad, good))).ordered[0] == 1.0
+    chance = States(bad[:, :1], good[:, :1])
+    assert directions.best_layer(chance).ordered < 0.9
+    with monkeypatch.context() as patch:  # a half measured on itself: noise looks like a direction
+        patch.setattr(States, "half", lambda self, odd: self)
+        assert directions.best_layer(chance).ordered == 1.0
+
+
 def test_equal_states_have_no_direction_and_no_distance() -> None:
     same = States(torch.ones(4, 2, 3), torch.ones(4, 2, 3))
     assert not direction(same).any()

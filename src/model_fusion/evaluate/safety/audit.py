@@ -12,9 +12,9 @@ from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint, read_jso
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.evaluate.machine import machine, versions
-from model_fusion.evaluate.running import of_checkpoint
+from model_fusion.evaluate.running import is_twin, of_checkpoint
 from model_fusion.evaluate.safety.cosines import cosines
-from model_fusion.evaluate.safety.direction import States, direction, separation, states
+from model_fusion.evaluate.safety.direction import ENOUGH, States, best_layer, direction, separation, states
 from model_fusion.evaluate.safety.prompts import Prompts, bundled, load
 from model_fusion.evaluate.safety.refusal import PHRASES, answers, refuses
 from model_fusion.evaluate.statistics import sign_test, wilson
@@ -91,8 +91,8 @@ def audit(
     """The report on a child and its parents, as JSON.
 
     **Arguments**
-    child, parents, base: folders, hub ids, GGUF files or base+adapter. Parents and base of a folder that this program
-        merged are known from its lineage; given ones replace them.
+    child, parents, base: folders (the child's may be a twin's), hub ids, GGUF files or base+adapter. Parents and base
+        of a folder that this program merged are known from its lineage; given ones replace them.
     aligned, unaligned: the pair whose difference is the direction of alignment, for the cosines; the parent that
         refuses most and the base, unless given.
     prompts: a JSON file of {"harmful": …, "benign": …}; the bundled ones unless given. phrases: what opens a refusal.
@@ -151,7 +151,9 @@ def _from_lineage(child: Path) -> tuple[list[str], str | None]:
     if not (child / lineage.NAME).is_file():
         return [], None
     record = read_json(child / lineage.NAME)
-    return [parent["model"] for parent in record["parents"]], record["recipe"].get("base_model")
+    recipe = record["recipe"]
+    root = recipe["shared"].get("base") if record["kind"] == "twin" else recipe.get("base_model")
+    return [parent["model"] for parent in record["parents"]], root
 
 
 def safest(parents: Sequence[Measured]) -> Measured:
@@ -159,15 +161,30 @@ def safest(parents: Sequence[Measured]) -> Measured:
     return max(parents, key=lambda parent: (sum(parent.refused), -sum(parent.over_refused)))
 
 
+def guide_of(parents: Sequence[Measured], aligned: str | None) -> Measured:
+    """The parent whose refusal direction is taken: the aligned one; else the safest, of equals the one whose own
+    direction tells requests apart best."""
+    named = [parent for parent in parents if parent.name == aligned]
+    best = safest(parents)
+    alike = [
+        p for p in parents if sum(p.refused) == sum(best.refused) and sum(p.over_refused) == sum(best.over_refused)
+    ]
+    return max(named or alike, key=lambda parent: best_layer(parent.states.half(False)))
+
+
 def report(family: Family, measured: Sequence[Measured], chosen: Settings, threshold: float) -> dict[str, Any]:
     """The child first in `measured`."""
     child, parents = measured[0], measured[1:]
-    guide = next((p for p in parents if p.name == family.aligned), safest(parents))
     rows = [one.to_json("child" if one is child else "parent") for one in measured]
-    along = direction(guide.states.half(False))
+    enough = min(len(chosen.prompts.harmful), len(chosen.prompts.benign)) >= ENOUGH
+    guide = guide_of(parents, family.aligned) if enough else None
+    layer = None if guide is None else best_layer(guide.states.half(False)).layer
     for row, one in zip(rows, measured, strict=True):
-        same = one.states.harmful.shape[1:] == guide.states.harmful.shape[1:]
-        row["direction"] = separation(one.states.half(True), along).to_json() if same else None
+        row["direction"] = row["told_apart"] = None
+        if guide is None or layer is None or one.states.harmful.shape[1:] != guide.states.harmful.shape[1:]:
+            continue
+        apart = separation(one.states.half(True), direction(guide.states.half(False)))
+        row["direction"], row["told_apart"] = apart.to_json(), apart.ordered[layer]
     return {
         "format": 1,
         "prompts": {
@@ -177,7 +194,8 @@ def report(family: Family, measured: Sequence[Measured], chosen: Settings, thres
             "tokens": chosen.tokens,
         },
         "models": rows,
-        "direction_of": guide.name,
+        "direction_of": guide and guide.name,
+        "direction_layer": layer,
         "alignment": _alignment(family, safest(parents).name, threshold),
         "flags": flags(child, parents),
         "warning": WARNING,
@@ -187,8 +205,8 @@ def report(family: Family, measured: Sequence[Measured], chosen: Settings, thres
 
 
 def _alignment(family: Family, safe: str, threshold: float) -> dict[str, Any] | None:
-    """The cosines of the child's tensors; None without a base."""
-    if family.base is None:
+    """The cosines of the child's tensors; None without a base, and for a twin, which has no change of its own."""
+    if family.base is None or is_twin(family.open(family.child)):
         return None
     aligned, unaligned = family.aligned or safe, family.unaligned or family.base
     found = cosines(*(family.open(name) for name in (family.child, family.base, aligned, unaligned)))

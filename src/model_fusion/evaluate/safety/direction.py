@@ -2,7 +2,8 @@
 
 Arditi et al. 2024 (arXiv 2406.11717, section 2.3): the difference of mean hidden states at the last token of the
 prompt, layer by layer. It is taken from one model on one half of the prompts, and every model is measured along it on
-the other half: on its own half, any direction separates.
+the other half: on its own half, any direction separates. The layer that counts is chosen there as well, by directions
+of one quarter measured on the other: the best layer of the measured half would flatter.
 """
 
 from __future__ import annotations
@@ -66,6 +67,34 @@ def direction(found: States) -> Tensor:
     difference = found.harmful.mean(0) - found.benign.mean(0)
     size: Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
     return difference.div(size.clamp_min(1e-12))
+
+
+ENOUGH = 8
+"""Requests of a kind without which quarters have no spread."""
+
+
+@dataclass(frozen=True, order=True)
+class Found:
+    """How well a model's own direction tells unseen requests apart, at its best layer. Ordered: the better is larger,
+    first by `ordered`, which few requests soon bring to 1, then by `distance`; of equals the earlier layer."""
+
+    ordered: float
+    distance: float
+    before: int
+
+    @property
+    def layer(self) -> int:
+        return -self.before
+
+
+def best_layer(found: States) -> Found:
+    """Of the states that a direction is taken from: each half's direction measured on the other half, and the mean."""
+    one, other = found.half(False), found.half(True)
+    both = [separation(other, direction(one)), separation(one, direction(other))]
+    return max(
+        Found(sum(part.ordered[i] for part in both) / 2, sum(part.distance[i] for part in both) / 2, -i)
+        for i in range(len(both[0].ordered))
+    )
 
 
 def separation(found: States, along: Tensor) -> Separation:

@@ -13,6 +13,7 @@ from typing import Any
 
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.errors import InputError
+from model_fusion.evaluate.running import is_twin
 from model_fusion.evaluate.safety import audit as auditing
 from model_fusion.evaluate.safety.prompts import Prompts
 from model_fusion.merge import engine
@@ -82,6 +83,8 @@ def repair(
     """
     chosen = auditing.settings(prompts, phrases, tokens)
     family = auditing.Family.of(child, parents, base, aligned, unaligned)
+    if is_twin(family.open(family.child)):
+        raise InputError(f"{child}: a twin has no weights of its own to repair: repair its shared model or its experts")
     if family.base is None:
         raise InputError(f"{child}: the repair needs the model that its parents come from: give it with --base")
     if safe is not None:

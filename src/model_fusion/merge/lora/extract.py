@@ -160,7 +160,7 @@ def _renamed(spec: TensorSpec, name: str) -> TensorSpec:
 def _settings(wanted: Wanted, save_rest: bool, exclude: Sequence[str], dtype: str) -> dict[str, object]:
     given = {"rank": wanted.rank, "energy": wanted.energy, "dtype": dtype, "exclude": list(exclude)}
     if wanted.exact is not None:
-        given["svd"] = "exact" if wanted.exact else "randomised"
+        given["svd"] = "exact" if wanted.exact else "randomized"
     return {**{key: value for key, value in given.items() if value}, **({"save-rest": True} if save_rest else {})}
 
 

@@ -2,6 +2,7 @@
 
 from model_fusion.merge.methods import (
     arcee_fusion,
+    consensus,
     dare,
     data_based,
     della,
@@ -35,6 +36,7 @@ __all__ = [
 
 _FAMILIES = (
     arcee_fusion,
+    consensus,
     dare,
     data_based,
     della,
