@@ -68,13 +68,18 @@ def router_inputs(model: Any, ids: Tensor, layers: Sequence[int] | None = None, 
     return torch.stack([seen[n] for n in chosen]).cpu()
 
 
+def probing(ids: Tensor, most: int | None = None) -> tuple[list[int], list[int]]:
+    """Which windows of ids [N, T] are probes (at most `most`), and which are counted."""
+    probes = [n for n in range(len(ids)) if n % _PROBE_SHARE == _PROBE_SHARE - 1] or [len(ids) - 1]
+    probes = probes[:most]
+    return probes, [n for n in range(len(ids)) if n not in probes] or probes  # a single window has to serve as both
+
+
 def collect(model: Any, ids: Tensor, layers: Sequence[int], module: str = "mlp") -> Statistics:
     """Stream one domain's windows ids [N, T] through the dense trunk."""
     result, probes, held = Statistics.empty(len(layers), int(model.config.hidden_size)), [], 0
-    probing = [n for n in range(len(ids)) if n % _PROBE_SHARE == _PROBE_SHARE - 1] or [len(ids) - 1]
-    probing = probing[: max(1, -(-_PROBE // ids.shape[1]))]
-    counted = [n for n in range(len(ids)) if n not in probing] or probing  # a single window has to serve as both
-    for n in probing:
+    chosen, counted = probing(ids, most=max(1, -(-_PROBE // ids.shape[1])))
+    for n in chosen:
         x = router_inputs(model, ids[n : n + 1], layers, module)[:, : _PROBE - held]
         probes.append(x)
         held += x.shape[1]

@@ -11,7 +11,7 @@ from model_fusion.recipe.merge import Dtype
 from model_fusion.recipe.reading import mistake, nearest, yaml_documents
 
 GateName = Literal[
-    "auto", "ridge", "mean", "hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "gateless"
+    "auto", "ridge", "prefix", "mean", "hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "gateless"
 ]
 PROMPTED = ("hidden", "hidden_avg", "cheap_embed")
 _MERGEKIT_ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
@@ -72,10 +72,12 @@ class MixRecipe(_Strict):
             raise ValueError(f"two experts are named {twice!r}: give each its own name")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ValueError("layers names a layer twice")
-        if self.gate in ("ridge", "mean"):
+        if self.gate in ("ridge", "prefix", "mean"):
             bare = next((n for n, e in zip(names, self.experts, strict=True) if not (e.texts or e.prompts)), None)
             if bare is not None:
                 raise ValueError(f"gate {self.gate} needs texts or prompts for expert {bare!r}")
+        if self.gate == "prefix" and self.statistics is not None:
+            raise ValueError("gate prefix keeps no statistics: leave statistics out")
         if self.gate in PROMPTED:
             bare = next((n for n, e in zip(names, self.experts, strict=True) if not e.prompts), None)
             if bare is not None:
