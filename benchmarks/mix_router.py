@@ -53,7 +53,7 @@ def domain_files() -> dict[str, list[Path]]:
         "headers": sorted(p for p in (site / "torch" / "include").rglob("*.h")),
         "prose": sorted(p for p in site.glob("*.dist-info/**/*") if p.name.startswith(("METADATA", "LICENSE"))),
     }
-    sizes = range(2000, 100_000)
+    sizes = range(2001, 100_000)
     return {name: [p for p in files if p.is_file() and p.stat().st_size in sizes] for name, files in found.items()}
 
 
@@ -66,7 +66,9 @@ def write_texts(folder: Path, count: int = 60, test: int = 20) -> dict[str, Path
         rest = [p for p in files if p not in set(chosen)]
         step = max(1, len(rest) // test)
         for part, taken in (("texts", chosen), ("test", rest[step // 2 :: step][:test])):
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
+            if (folder / part / name).is_dir():
+                continue  # a kept folder's models were trained on these
+            (folder / part / name).mkdir(parents=True)
             for i, file in enumerate(taken):
                 text = file.read_bytes()[:20_000].decode("ascii", errors="ignore")
                 (folder / part / name / f"{i:03}.txt").write_text(text, encoding="ascii")

@@ -46,10 +46,10 @@ def recipe(folders: list[Path], texts: dict[str, list[str]], **settings: Any) ->
 
 
 @torch.no_grad()
-def check_widening_changes_nothing(kind: str, tmp_path: Path, texts: dict[str, list[str]]) -> None:
+def check_widening_changes_nothing(kind: str, tmp_path: Path, texts: dict[str, list[str]], **sizes: int) -> None:
     """Copies: any routing is the dense model. One trunk: forcing an expert is that expert."""
-    dense = write(tmp_path / "dense", kind, 0)
-    other = write(tmp_path / "other", kind, 1, trunk=model(kind, 0))
+    dense = write(tmp_path / "dense", kind, 0, **sizes)
+    other = write(tmp_path / "other", kind, 1, trunk=model(kind, 0, **sizes), **sizes)
     expected = AutoModelForCausalLM.from_pretrained(dense)(IDS).logits
     copies = build(recipe([dense, dense], texts, seed=1), tmp_path / "copies").folder
     assert (AutoModelForCausalLM.from_pretrained(copies)(IDS).logits - expected).abs().max() <= 1e-5
@@ -62,6 +62,11 @@ def check_widening_changes_nothing(kind: str, tmp_path: Path, texts: dict[str, l
 @pytest.mark.parametrize("kind", WIDENED)
 def test_widening_changes_nothing(kind: str, tmp_path: Path, texts: dict[str, list[str]]) -> None:
     check_widening_changes_nothing(kind, tmp_path, texts)
+
+
+def test_heads_that_do_not_divide_the_width(tmp_path: Path, texts: dict[str, list[str]]) -> None:
+    """Nine heads after widening: the config class wants a residual stream that is a multiple of it."""
+    check_widening_changes_nothing("llama", tmp_path, texts, num_attention_heads=8, num_key_value_heads=8)
 
 
 @pytest.mark.parametrize("wrong", ["shrink", "small", "eps"])

@@ -9,6 +9,7 @@ channels is smaller by a constant, which the norms' weights and eps undo.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _SMALL = 2.0**-16
-_ALIGN = 16
+_ALIGN = 8
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Room:
 
     @property
     def width(self) -> int:
-        """The grown residual stream."""
-        return self.hidden + -(-2 * self.experts // _ALIGN) * _ALIGN
+        """The grown residual stream: a multiple of the grown number of heads, which some config classes insist on."""
+        unit = lcm(_ALIGN, self.heads + self.heads // self.groups)
+        return -(-(self.hidden + 2 * self.experts) // unit) * unit
 
     @property
     def evidence(self) -> int:
