@@ -17,6 +17,7 @@ from mix_fixtures import model, write
 from model_fusion.architecture import wrapped
 from model_fusion.checkpoint.verify import verify
 from model_fusion.cli.main import main
+from model_fusion.mix import calibrate
 from model_fusion.mix import train as training
 from model_fusion.mix.build import build
 from model_fusion.mix.routing import moe_layers
@@ -67,6 +68,46 @@ def test_build_eval_train_from_the_command_line(
     assert found["sentence"] in page
     assert "http" not in page
     assert verify(Path("out")).tensors > 0
+
+
+def test_texts_are_found_again_wherever_the_output_is(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe lies beside its texts, the output elsewhere, and the command runs in a third folder."""
+    for name in ("recipes", "outputs", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts").rename(tmp_path / "recipes" / "texts")
+    for entry in recipe["experts"]:
+        entry["texts"] = [f"texts/{entry['name']}"]
+    (tmp_path / "recipes" / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path / "here")
+    build(Path("../recipes/recipe.yml"), Path("../outputs/out"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(Path("outputs/out"), window=16).experts == list(TEXTS)
+    (tmp_path / "outputs").rename(tmp_path / "moved")  # to another place as far from the texts
+    assert evaluate(Path("moved/out"), window=16).experts == list(TEXTS)
+
+
+def test_an_expert_is_added_and_the_others_are_not_measured_again(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"gate": "ridge", "statistics": str(tmp_path / "statistics")}
+    recipe["experts"][0]["name"] = "someone/letters"
+    build(recipe, tmp_path / "two")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "statistics").iterdir()}
+    measured = []
+    right = calibrate.collect
+    monkeypatch.setattr(calibrate, "collect", lambda *args: measured.append(1) or right(*args))
+    recipe["experts"].append({**recipe["experts"][1], "name": "more"})
+    recipe["experts"][2]["texts"] = [recipe["experts"][1]["texts"][0] + "/0.txt"]
+    build(recipe, tmp_path / "three")
+    after = {file.name: file.read_bytes() for file in (tmp_path / "statistics").iterdir()}
+    assert len(measured) == 1
+    assert len(after) == 3
+    assert {name: after[name] for name in before} == before
+    recipe["experts"].pop(0)
+    build(recipe, tmp_path / "dropped")
+    assert len(measured) == 1
 
 
 def test_ridge_knows_letters_from_digits(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ stores it so; the gates come first, so that a model loaded for calibration is go
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def build(
         files[lineage.NAME] = lineage.build(
             "mix",
             f"{work.family.model_type} mixture, {work.recipe.chosen_gate()} gates",
-            work.recipe.model_dump(exclude_none=True, mode="json"),
+            _found_again(work.recipe, folder, output),
             list(work.checkpoints.values()),
             specs,
             writer.done,
@@ -91,6 +92,18 @@ def build(
         files[card.NAME] = card.build(files[lineage.NAME])
         writer.finish(files)
     return Built(output, work, work.recipe.chosen_gate(), accuracy)
+
+
+def _found_again(recipe: MixRecipe, folder: Path | None, output: Path) -> dict[str, Any]:
+    """The recipe for the record, its texts told from the output's parent: training and eval read them from there."""
+    told: dict[str, Any] = recipe.model_dump(exclude_none=True, mode="json")
+    for entry in told["experts"]:
+        for i, name in enumerate(entry["texts"]):
+            path = Path(name).expanduser()
+            if not path.is_absolute():
+                found = path if folder is None or path.exists() else folder / path
+                entry["texts"][i] = os.path.relpath(found.resolve(), output.parent.resolve())
+    return told
 
 
 def _gates(work: MixPlan, folder: Path | None) -> "Calibrated":

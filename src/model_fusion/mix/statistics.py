@@ -6,6 +6,7 @@ statistics know nothing of the others', so experts can be added and dropped.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ class StatisticsFolder:
 
     def file(self, name: str, trunk: str, ids: Tensor, layers: Sequence[int]) -> Path:
         key = hashlib.sha256(repr((trunk, list(layers), tuple(ids.shape))).encode() + ids.numpy().tobytes())
-        return self.folder / f"{name}-{key.hexdigest()[:16]}.safetensors"
+        plain = re.sub(r"[^\w.-]", "_", name)  # an expert may be called after a hub id, with a slash
+        return self.folder / f"{plain}-{key.hexdigest()[:16]}.safetensors"
 
     def load(self, file: Path) -> Statistics | None:
         if not file.is_file():

@@ -120,10 +120,16 @@ def parse(data: Any, where: str = "recipe") -> MixRecipe:
     translated = _from_mergekit(data, where)
     _check_keys(translated, MixRecipe, where)
     for key in ("experts", "shared_experts"):
-        for i, entry in enumerate(translated.get(key) or []):
+        entries = translated.get(key) or []
+        if not isinstance(entries, list):
+            raise InputError(f"{where}: {key}: give a list, an entry a model, not {entries!r}")
+        for i, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise InputError(f"{where}: {key}[{i}]: expected keys such as model, not {entry!r}")
             _check_keys(entry, ExpertEntry, f"{where}: {key}[{i}]")
+            single = next((k for k in ("texts", "prompts", "negative_prompts") if isinstance(entry.get(k), str)), None)
+            if single is not None:
+                raise InputError(f"{where}: {key}[{i}]: {single}: give a list, such as [{entry[single]!r}]")
     gates = GateName.__args__  # type: ignore[attr-defined]
     gate = translated.get("gate", "auto")
     if gate not in gates:
