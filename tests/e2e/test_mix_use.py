@@ -22,7 +22,7 @@ from model_fusion.mix import train as training
 from model_fusion.mix.build import build
 from model_fusion.mix.routing import moe_layers
 from model_fusion.mix.train import RouterSettings, freeze, train_router
-from model_fusion.mix.verdict import evaluate
+from model_fusion.mix.verdict import evaluate, sentence
 from model_fusion.run.load import open_checkpoint
 
 TEXTS = {"letters": "abcdefgh ", "digits": "0123456789 "}
@@ -207,6 +207,15 @@ def test_copies_have_no_headroom_and_the_verdict_says_so(recipe: dict[str, Any],
     found = evaluate(build(recipe, tmp_path / "out").folder, window=16)
     assert found.headroom == pytest.approx(0.0, abs=1e-5)
     assert found.sentence.startswith("Training the router will not pay, because")
+
+
+def test_the_sentence_says_what_is_left_to_win() -> None:
+    bits = {"oracle": 2.0, "soup": 2.6, "gateless": 2.5, "routed": 2.4}
+    assert sentence(0.5, bits, [0.9], True).startswith("Training the router can pay, because")
+    assert "gate prefix" not in sentence(0.5, bits, [0.9], True) + sentence(0.5, bits, [0.4], False)
+    assert "for 0.400 of the tokens: gate prefix" in sentence(0.5, bits, [0.3, 0.5], True)
+    assert "will not pay, because the routers as they are come" in sentence(0.5, {**bits, "routed": 2.01}, [0.4], True)
+    assert "only 0.010 bits" in sentence(0.01, {**bits, "gateless": 2.01}, [0.4], True)
 
 
 def test_generates(recipe: dict[str, Any], tmp_path: Path) -> None:
