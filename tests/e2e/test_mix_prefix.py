@@ -146,6 +146,20 @@ def test_its_accuracy_is_reported(tmp_path: Path, texts: dict[str, list[str]]) -
     assert min(build(recipe(folders, texts), tmp_path / "out").gate_accuracy) > 0.95
 
 
+@torch.no_grad()
+def test_bfloat16_holds_the_small_numbers(tmp_path: Path, texts: dict[str, list[str]]) -> None:
+    folders = [write(tmp_path / "a", "llama", 0), write(tmp_path / "b", "llama", 1, trunk=model("llama", 0))]
+    out = build(recipe(folders, texts, dtype="bfloat16"), tmp_path / "out").folder
+    ids = torch.tensor(AutoTokenizer.from_pretrained(out)("abcdefgh ijkl efgh ab lkji")["input_ids"])[None]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded, seen = AutoModelForCausalLM.from_pretrained(out, dtype=dtype), list[torch.Tensor]()
+        with watched(moe_layers(loaded), lambda i, x, logits, chosen, seen=seen: seen.append(logits.float())):
+            loaded(ids)
+        found.append(torch.stack(seen))
+    assert (found[0] - found[1]).abs().max() <= 0.05 * found[0].abs().max()
+
+
 def test_training_changes_the_routers_alone(tmp_path: Path, texts: dict[str, list[str]]) -> None:
     folders = [write(tmp_path / "a", "llama", 0), write(tmp_path / "b", "llama", 1, trunk=model("llama", 0))]
     out = build(recipe(folders, texts), tmp_path / "out").folder
