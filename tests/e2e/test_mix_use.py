@@ -11,9 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from mix_fixtures import model, write
+from mix_fixtures import TEXTS, two_domains, write
 from model_fusion.architecture import wrapped
 from model_fusion.checkpoint.verify import verify
 from model_fusion.cli.main import main
@@ -25,25 +24,12 @@ from model_fusion.mix.train import RouterSettings, freeze, train_router
 from model_fusion.mix.verdict import evaluate, sentence
 from model_fusion.run.load import open_checkpoint
 
-TEXTS = {"letters": "abcdefgh ", "digits": "0123456789 "}
 QUICK = RouterSettings(window=16, steps=12, batch_size=4, validate_every=4, learning_rate=5e-2)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    """Two experts with one trunk, and a folder of text for each."""
-    logging.disable_progress_bar()
-    trunk = model("llama", 0)
-    generator = torch.Generator().manual_seed(5)
-    entries = []
-    for i, (name, letters) in enumerate(TEXTS.items()):
-        write(tmp_path / name, "llama", i, trunk)
-        (tmp_path / "texts" / name).mkdir(parents=True)
-        for n in range(5):
-            picks = torch.randint(len(letters), (300,), generator=generator)
-            (tmp_path / "texts" / name / f"{n}.txt").write_text("".join(letters[p] for p in picks))
-        entries.append({"model": str(tmp_path / name), "name": name, "texts": [str(tmp_path / "texts" / name)]})
-    return {"base_model": str(tmp_path / "letters"), "experts": entries, "trunk": "require_equal"}
+    return two_domains(tmp_path)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
