@@ -146,6 +146,14 @@ def test_its_accuracy_is_reported(tmp_path: Path, texts: dict[str, list[str]]) -
     assert min(build(recipe(folders, texts), tmp_path / "out").gate_accuracy) > 0.95
 
 
+def test_equal_texts_say_nothing(tmp_path: Path, texts: dict[str, list[str]]) -> None:
+    folder = write(tmp_path / "a", "llama", 0)
+    out = build(recipe([folder, folder], {**texts, "late": texts["early"]}), tmp_path / "out").folder
+    state = load_file(out / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    assert state["model.embed_tokens.weight"][:, 32:].abs().max() < 1e-8
+
+
 @torch.no_grad()
 def test_bfloat16_holds_the_small_numbers(tmp_path: Path, texts: dict[str, list[str]]) -> None:
     folders = [write(tmp_path / "a", "llama", 0), write(tmp_path / "b", "llama", 1, trunk=model("llama", 0))]

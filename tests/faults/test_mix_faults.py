@@ -186,6 +186,18 @@ def test_training_needs_a_folder_that_mix_built(made: Path) -> None:
         train_router(made / "base")
 
 
+@pytest.mark.parametrize("gate", ["ridge", "prefix"])
+def test_a_tokenizer_of_another_model_is_told(gate: str, made: Path, tmp_path: Path) -> None:
+    from model_fusion.errors import InputError
+    from model_fusion.mix.build import build
+
+    small = write(tmp_path / "small", "llama", 0, vocab_size=64)
+    (tmp_path / "a.txt").write_text("abcdefgh " * 200)
+    experts = [{"model": str(small), "name": n, "texts": [str(tmp_path / "a.txt")]} for n in "xy"]
+    with pytest.raises(InputError, match="its embedding has 64 rows"):
+        build({"base_model": str(small), "experts": experts, "gate": gate}, tmp_path / "out")
+
+
 def test_training_one_expert_a_token_is_refused_where_nothing_would_move(made: Path, tmp_path: Path) -> None:
     from model_fusion.errors import InputError
     from model_fusion.mix.build import build

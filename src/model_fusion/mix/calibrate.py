@@ -155,7 +155,15 @@ class _Calibration:
         """Calibration windows [N, T] of one domain."""
         texts = split(documents(entry.texts, self.relative_to))[0] if entry.texts else list(entry.prompts)
         length = WINDOW if entry.texts else min(WINDOW, sum(len(t) for t in texts))
-        return _windows(texts, tokenizer, length, self.plan.recipe.calibration_tokens, name)
+        found = _windows(texts, tokenizer, length, self.plan.recipe.calibration_tokens, name)
+        base = self.plan.checkpoints[self.plan.recipe.base_model]
+        rows = base.spec("model.embed_tokens.weight").shape[0]
+        if int(found.max()) >= rows:
+            raise InputError(
+                f"{base.source.spec}: its tokenizer gives token {int(found.max())}, its embedding has {rows} rows: "
+                "give the tokenizer that belongs to the model"
+            )
+        return found
 
     def _prefixes(self) -> list[Statistics]:
         """Gate prefix: counts of the windows that are no probes, then the widened trunk's router inputs on the probes.
@@ -180,7 +188,7 @@ class _Calibration:
             found.append(Statistics.empty(len(plan.mixed), plan.room.width))
             found[-1].probe = torch.cat(parts, dim=1)
         size = torch.cat([f.probe[:, :, seen] for f in found], dim=1).square().mean((1, 2)).sqrt()
-        evidence.gains[plan.mixed] = 1 / size.clamp(min=1e-6)
+        evidence.gains[plan.mixed] = torch.where(size > 1e-6, 1 / size, 1.0)  # equal texts say nothing
         for each in found:
             each.probe[:, :, seen] *= evidence.gains[plan.mixed][:, None, None]
         self._domains, self._evidence = found, evidence
