@@ -3,7 +3,9 @@
 python benchmarks/mix_router.py --json out.json [--seeds 0 1 2] [--keep FOLDER]
 
 Per seed: train a dense model on all three domains, then only its FFNs on each one; mix; measure the forced-expert
-oracle, soup, gateless and every way to start the routers; train the routers alone. Bits per byte, held-out files.
+oracle, soup, gateless and every way to start the routers; train the routers alone, from ridge gates (which read one
+token) and from prefix gates (which read the text so far). Bits per byte, on files that neither training nor selection
+saw.
 The text is found on this machine: Python sources, C++ headers, prose of package documentation.
 """
 
@@ -15,11 +17,13 @@ import math
 import sysconfig
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -27,7 +31,7 @@ from transformers.utils import logging
 from measure import machine
 from model_fusion.mix.build import build
 from model_fusion.mix.calibrate import tokenizer_of
-from model_fusion.mix.domains import Domains, gather, prepare
+from model_fusion.mix.domains import Domains
 from model_fusion.mix.load import load_mixed
 from model_fusion.mix.train import RouterSettings, next_token_loss, train_router
 from model_fusion.mix.verdict import judge
@@ -35,7 +39,8 @@ from model_fusion.training.texts import split, windows
 
 WINDOW, BATCH = 128, 15
 PROMPTS = 8
-JUDGED = 48_000  # a quarter of it is judged
+NAMES = ("python", "headers", "prose")
+TRAINED, VALIDATED, TESTED = 200_000, 150, 300  # tokens a domain for the routers; windows a domain that judge
 ROUTER = RouterSettings(window=WINDOW, steps=150, batch_size=12, learning_rate=3e-2, validate_every=50, patience=0,
                         tokens=200_000)  # fmt: skip
 
@@ -48,20 +53,53 @@ def domain_files() -> dict[str, list[Path]]:
         "headers": sorted(p for p in (site / "torch" / "include").rglob("*.h")),
         "prose": sorted(p for p in site.glob("*.dist-info/**/*") if p.name.startswith(("METADATA", "LICENSE"))),
     }
-    return {name: [p for p in files if 2000 < p.stat().st_size < 100_000] for name, files in found.items()}
+    sizes = range(2001, 100_000)
+    return {name: [p for p in files if p.is_file() and p.stat().st_size in sizes] for name, files in found.items()}
 
 
-def write_texts(folder: Path, count: int = 60) -> dict[str, Path]:
-    """`count` files a domain, evenly taken, ASCII only, cut at 20 kB; the same for every seed."""
+def write_texts(folder: Path, count: int = 60, test: int = 20) -> dict[str, Path]:
+    """texts/NAME: `count` files a domain, evenly taken, for training and selection; test/NAME: `test` others, which
+    only the report reads. ASCII, cut at 20 kB, the same for every seed. Returns the folders of texts/."""
     result = {}
     for name, files in domain_files().items():
-        result[name] = folder / name
-        result[name].mkdir(parents=True, exist_ok=True)
-        step = max(1, len(files) // count)
-        for i, file in enumerate(files[::step][:count]):
-            text = file.read_bytes()[:20_000].decode("ascii", errors="ignore")
-            (result[name] / f"{i:03}.txt").write_text(text, encoding="ascii")
+        chosen = files[:: max(1, len(files) // count)][:count]
+        rest = [p for p in files if p not in set(chosen)]
+        step = max(1, len(rest) // test)
+        for part, taken in (("texts", chosen), ("test", rest[step // 2 :: step][:test])):
+            if (folder / part / name).is_dir():
+                continue  # a kept folder's models were trained on these
+            (folder / part / name).mkdir(parents=True)
+            for i, file in enumerate(taken):
+                text = file.read_bytes()[:20_000].decode("ascii", errors="ignore")
+                (folder / part / name / f"{i:03}.txt").write_text(text, encoding="ascii")
+        result[name] = folder / "texts" / name
     return result
+
+
+@dataclass(frozen=True)
+class Data:
+    """Windows [N, WINDOW] of each domain: what trains, what selects (held-out files of texts/), what is reported."""
+
+    train: list[Tensor]
+    validation: list[Tensor]
+    test: list[Tensor]
+
+
+def read_data(folder: Path, tokenizer: Any) -> Data:
+    """The three parts of a folder of `write_texts`."""
+    parts: list[list[Tensor]] = [[], [], []]
+    for name in NAMES:
+        kept, out = split([p.read_text() for p in sorted((folder / "texts" / name).iterdir())])
+        test = [p.read_text() for p in sorted((folder / "test" / name).iterdir())]
+        parts[0].append(windows(kept, tokenizer, WINDOW, TRAINED))
+        parts[1].append(evenly(windows(out, tokenizer, WINDOW, 60_000), VALIDATED))
+        parts[2].append(evenly(windows(test, tokenizer, WINDOW, 60_000), TESTED))
+    return Data(*parts)
+
+
+def evenly(rows: Tensor, count: int) -> Tensor:
+    """`count` rows, evenly taken."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
 def byte_tokenizer(folder: Path) -> None:
@@ -128,42 +166,63 @@ def make_experts(folder: Path, texts: dict[str, Path], seed: int, base_steps: in
     return made
 
 
-def recipe(folders: list[Path], texts: dict[str, Path], gate: str, seed: int) -> dict[str, Any]:
+def recipe(folders: list[Path], texts: dict[str, Path], gate: str, seed: int, top: int = 2) -> dict[str, Any]:
     """A mix of the experts whose gates start as `gate`; mergekit's gates get the start of eight training files."""
     entries = []
     for folder, path in zip(folders[1:], texts.values(), strict=True):
         files = split([p.read_text() for p in sorted(path.iterdir())])[0]
         prompts = [text[1000:1200] for text in files[:PROMPTS]]
         entries.append({"model": str(folder), "name": folder.name, "texts": [str(path)], "prompts": prompts})
-    return {"base_model": str(folders[0]), "experts": entries, "gate": gate, "trunk": "require_equal", "seed": seed}
+    return {
+        "base_model": str(folders[0]), "experts": entries, "gate": gate, "trunk": "require_equal", "seed": seed,
+        "experts_per_token": top, "calibration_tokens": TRAINED,
+    }  # fmt: skip
 
 
-def one_seed(seed: int, work: Path, texts: dict[str, Path], base_steps: int, expert_steps: int) -> dict[str, Any]:
+def one_seed(seed: int, root: Path, texts: dict[str, Path], base_steps: int, expert_steps: int) -> dict[str, Any]:
+    work = root / f"seed{seed}"
+    work.mkdir(exist_ok=True)
     began = time.process_time()
     folders = make_experts(work, texts, seed, base_steps, expert_steps)
     result: dict[str, Any] = {"seed": seed, "cpu_experts": time.process_time() - began, "top_2": {}}
-    for gate in ("random", "hidden", "hidden_avg", "mean", "ridge"):
+    data = read_data(root, tokenizer_of(folders[0]))
+    test = judged_by(data.test)
+    for gate in ("random", "hidden", "hidden_avg", "mean", "ridge", "prefix"):
         out = build(recipe(folders, texts, gate, seed), work / gate, overwrite=True).folder
         model = load_mixed(out)
-        domains = prepare(gather(out, None), tokenizer_of(out), WINDOW, JUDGED)
         if gate == "random":
-            judged = judge(model, domains)
+            judged = judge(model, test)
             result |= {key: getattr(judged, key) for key in ("matrix", "oracle", "soup", "gateless", "headroom")}
-        result["top_2"][gate] = bits_per_byte(model, domains)
-    began = time.process_time()
-    out = build(
-        {**recipe(folders, texts, "ridge", seed), "experts_per_token": 3}, work / "trained", overwrite=True
-    ).folder
-    trained = train_router(out, settings=ROUTER, progress=False)
-    judged = judge(load_mixed(out), domains)
+        result["top_2"][gate] = bits_per_byte(model, test)
     result["trained"] = {
-        "routed": judged.routed, "accuracy": judged.accuracy, "load": judged.load, "mismatch": judged.mismatch,
-        "parameters": trained.parameters, "cpu": time.process_time() - began, "steps": len(trained.history.losses),
-        "recovered": (judged.gateless - judged.routed) / judged.headroom, "sentence": judged.sentence,
-    }  # fmt: skip
-    lines = {"gateless": judged.gateless, "hidden": result["top_2"]["hidden"], "random": result["top_2"]["random"]}
-    result["wins"] = {name: value - judged.routed for name, value in lines.items()}
+        f"{gate}, top {top}": trained(recipe(folders, texts, gate, seed, top), work / "trained", test, result)
+        for gate, top in (("ridge", 3), ("prefix", 3), ("prefix", 2))
+    }
     return result
+
+
+def trained(recipe: dict[str, Any], out: Path, test: Domains, before: dict[str, Any]) -> dict[str, Any]:
+    """The routers as built, and after training them alone; `recovered`: the share of the headroom."""
+    began = time.process_time()
+    build(recipe, out, overwrite=True)
+    built = bits_per_byte(load_mixed(out), test)
+    done = train_router(out, settings=ROUTER, progress=False)
+    model = load_mixed(out)
+    routed = bits_per_byte(model, test)
+    seen = judge(model, judged_by([ids[:40] for ids in test.held_out.values()]))
+    return {
+        "built": built, "routed": routed, "accuracy": seen.accuracy, "load": seen.load, "mismatch": seen.mismatch,
+        "parameters": done.parameters, "cpu": time.process_time() - began, "steps": len(done.history.losses),
+        "recovered_built": (before["gateless"] - built) / before["headroom"],
+        "recovered": (before["gateless"] - routed) / before["headroom"],
+        "wins": {"gateless": before["gateless"] - routed} | {k: v - routed for k, v in before["top_2"].items()},
+    }  # fmt: skip
+
+
+def judged_by(windows_of: list[Tensor]) -> Domains:
+    """Windows a domain as what a verdict reads; every token is a byte."""
+    held = dict(zip(NAMES, windows_of, strict=True))
+    return Domains(held, held, {name: ids[:, 1:].numel() for name, ids in held.items()})
 
 
 def bits_per_byte(model: Any, domains: Domains) -> float:
@@ -188,17 +247,17 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as temporary:
         root = args.keep or Path(temporary)
-        texts = write_texts(root / "texts")
+        texts = write_texts(root)
         for seed in args.seeds:
-            work = root / f"seed{seed}"
-            work.mkdir(exist_ok=True)
-            runs.append(one_seed(seed, work, texts, args.base_steps, args.expert_steps))
+            runs.append(one_seed(seed, root, texts, args.base_steps, args.expert_steps))
             report = {"machine": machine(), "runs": runs, "router": ROUTER.__dict__}
             args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
             row = runs[-1]
             line = {k: round(row[k], 3) for k in ("oracle", "soup", "gateless", "headroom")}
-            line |= {gate: round(value, 3) for gate, value in row["top_2"].items()}
-            print(seed, line, "trained", round(row["trained"]["routed"], 3), row["wins"], flush=True)
+            print(seed, line | {gate: round(value, 3) for gate, value in row["top_2"].items()})
+            for name, found in row["trained"].items():
+                shares = f"recovered as built {found['recovered_built']:.3f}, trained {found['recovered']:.3f}"
+                print(f"  {name}: {shares}", {k: round(v, 3) for k, v in found["wins"].items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do untrained gates route SmolLM2-135M's tokens by domain? Ridge, mean, and mergekit's hidden, in one run.
+"""Do untrained gates route SmolLM2-135M's tokens by domain? Ridge, prefix, mean, and mergekit's hidden, in one run.
 
 python benchmarks/mix_routing.py --json out.json
 
@@ -21,11 +21,11 @@ import torch
 from measure import machine
 from model_fusion.checkpoint.llm import resolve_llm
 from model_fusion.mix.build import plan
-from model_fusion.mix.calibrate import calibrate, tokenizer_of, trunk_model
+from model_fusion.mix.calibrate import calibrate, tokenizer_of, trunk_model, widened
 from model_fusion.mix.statistics import router_inputs
 from model_fusion.training.texts import split, windows
 
-GATES = ("ridge", "mean", "hidden", "hidden_avg")
+GATES = ("ridge", "prefix", "mean", "hidden", "hidden_avg")
 WINDOW = 256
 
 
@@ -55,8 +55,8 @@ def write_recipe(root: Path, texts: dict[str, list[str]], model: str, gate: str,
                 (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
         prompts = [text[:250] for text in split(documents)[0][:6]]
         entries.append({"model": model, "name": name, "texts": [str(folder)], "prompts": prompts})
-    return {"base_model": model, "experts": entries, "gate": gate, "calibration_tokens": tokens,
-            "statistics": str(root / "statistics")}  # fmt: skip
+    kept = {} if gate == "prefix" else {"statistics": str(root / "statistics")}
+    return {"base_model": model, "experts": entries, "gate": gate, "calibration_tokens": tokens, **kept}
 
 
 def main() -> None:
@@ -72,14 +72,18 @@ def main() -> None:
         for gate in GATES:
             start = time.process_time()
             work = plan(write_recipe(root, texts, model, gate, args.tokens))
-            gates[gate] = calibrate(work, root).gates
+            started = calibrate(work, root)
+            gates[gate] = started.gates
+            if work.room is not None and started.evidence is not None:
+                wide = widened(trunk_model(work), work.room, started.evidence)
             rows[gate] = {"cpu_seconds": time.process_time() - start}
         trunk, tokenizer = trunk_model(work), tokenizer_of(Path(model))
         right = {gate: torch.zeros(len(work.mixed)) for gate in GATES}
         for number, documents in enumerate(texts.values()):
             ids = windows(split(documents)[1], tokenizer, WINDOW, args.held_out)
-            inputs = torch.cat([router_inputs(trunk, ids[i : i + 1]) for i in range(len(ids))], dim=1)
             for gate, weights in gates.items():
+                model_of = wide if gate == "prefix" else trunk
+                inputs = torch.cat([router_inputs(model_of, ids[i : i + 1]) for i in range(len(ids))], dim=1)
                 chosen = torch.einsum("lnh,leh->lne", inputs, weights.float()).argmax(-1)
                 right[gate] += (chosen == number).float().mean(1) / len(texts)
     for gate in GATES:

@@ -52,14 +52,19 @@ def main() -> None:
             model = f"smollm2+{DATA / 'adapters' / name}"
             entries.append({"model": model, "name": name, "texts": [str(root / "texts" / name)]})
         recipe = {"base_model": "smollm2", "experts": entries, "calibration_tokens": 1024}
-        for gate in ("random", "ridge"):
+        report["verdict"] = {}
+        for gate in ("random", "ridge", "prefix"):
             began, cpu = time.perf_counter(), time.process_time()
             out = build({**recipe, "gate": gate}, root / gate).folder
             report[f"build_{gate}"] = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
-        print({key: report[key] for key in ("build_random", "build_ridge")}, flush=True)
-        report["verdict"] = evaluate(out, window=WINDOW, tokens=4 * args.judged).to_json()
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["verdict"], indent=1))
+            print(gate, report[f"build_{gate}"], flush=True)
+            if gate != "random":
+                report["verdict"][gate] = evaluate(out, window=WINDOW, tokens=4 * args.judged).to_json()
+                shown = {
+                    key: report["verdict"][gate][key] for key in ("oracle", "soup", "gateless", "routed", "sentence")
+                }
+                print(gate, shown, flush=True)
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python benchmarks/mix_versions.py --other PYTHON --json out.json
 
 PYTHON is an interpreter of another environment (torch, transformers 4.57, safetensors); it runs this file too.
-Every family, built from tiny random models with tied embeddings, grouped heads, llama3 rope and biases.
+Every family, built from tiny random models with tied embeddings, grouped heads, llama3 rope and biases; those that
+gate prefix widens, widened too.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ def build_all(root: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from mix_fixtures import KINDS, model, write
     from model_fusion.mix.build import build
+    from model_fusion.mix.families import FAMILIES
 
     for kind in KINDS:
         trunk = model(kind, 0)
         models = [write(root / "dense" / f"{kind}{i}", kind, i, trunk) for i in range(3)]
-        experts = [{"model": str(m)} for m in models]
-        build({"base_model": str(models[0]), "experts": experts, "gate": "random"}, root / kind)
+        experts = [{"model": str(m), "prompts": [f"{m.name} speaks of itself {i} times"]} for i, m in enumerate(models)]
+        recipe = {"base_model": str(models[0]), "experts": experts}
+        build({**recipe, "gate": "random"}, root / kind)
+        if FAMILIES[KINDS[kind][1]].widens:
+            build({**recipe, "gate": "prefix"}, root / f"{kind}_prefix")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -26,6 +27,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
                                           "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
 }  # fmt: skip
 """Name → (dense model type, family it becomes, config)."""
+TEXTS = {"letters": "abcdefgh ", "digits": "0123456789 "}
 
 
 def bytes_tokenizer(folder: Path) -> None:
@@ -61,3 +63,17 @@ def write(folder: Path, kind: str = "llama", seed: int = 0, trunk: Any = None, *
     made.save_pretrained(folder)
     bytes_tokenizer(folder)
     return folder
+
+
+def two_domains(folder: Path) -> dict[str, Any]:
+    """A recipe of two Llamas with one trunk, and five files of random letters of its own for each."""
+    logging.disable_progress_bar()
+    trunk, generator, entries = model("llama", 0), torch.Generator().manual_seed(5), []
+    for i, (name, letters) in enumerate(TEXTS.items()):
+        write(folder / name, "llama", i, trunk)
+        (folder / "texts" / name).mkdir(parents=True)
+        for n in range(5):
+            picks = torch.randint(len(letters), (300,), generator=generator)
+            (folder / "texts" / name / f"{n}.txt").write_text("".join(letters[p] for p in picks))
+        entries.append({"model": str(folder / name), "name": name, "texts": [str(folder / "texts" / name)]})
+    return {"base_model": str(folder / "letters"), "experts": entries, "trunk": "require_equal"}

@@ -11,38 +11,25 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from mix_fixtures import model, write
+from mix_fixtures import TEXTS, two_domains, write
 from model_fusion.architecture import wrapped
 from model_fusion.checkpoint.verify import verify
 from model_fusion.cli.main import main
+from model_fusion.mix import calibrate
 from model_fusion.mix import train as training
 from model_fusion.mix.build import build
 from model_fusion.mix.routing import moe_layers
 from model_fusion.mix.train import RouterSettings, freeze, train_router
-from model_fusion.mix.verdict import evaluate
+from model_fusion.mix.verdict import evaluate, sentence
 from model_fusion.run.load import open_checkpoint
 
-TEXTS = {"letters": "abcdefgh ", "digits": "0123456789 "}
 QUICK = RouterSettings(window=16, steps=12, batch_size=4, validate_every=4, learning_rate=5e-2)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    """Two experts with one trunk, and a folder of text for each."""
-    logging.disable_progress_bar()
-    trunk = model("llama", 0)
-    generator = torch.Generator().manual_seed(5)
-    entries = []
-    for i, (name, letters) in enumerate(TEXTS.items()):
-        write(tmp_path / name, "llama", i, trunk)
-        (tmp_path / "texts" / name).mkdir(parents=True)
-        for n in range(5):
-            picks = torch.randint(len(letters), (300,), generator=generator)
-            (tmp_path / "texts" / name / f"{n}.txt").write_text("".join(letters[p] for p in picks))
-        entries.append({"model": str(tmp_path / name), "name": name, "texts": [str(tmp_path / "texts" / name)]})
-    return {"base_model": str(tmp_path / "letters"), "experts": entries, "trunk": "require_equal"}
+    return two_domains(tmp_path)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -67,6 +54,46 @@ def test_build_eval_train_from_the_command_line(
     assert found["sentence"] in page
     assert "http" not in page
     assert verify(Path("out")).tensors > 0
+
+
+def test_texts_are_found_again_wherever_the_output_is(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe lies beside its texts, the output elsewhere, and the command runs in a third folder."""
+    for name in ("recipes", "outputs", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts").rename(tmp_path / "recipes" / "texts")
+    for entry in recipe["experts"]:
+        entry["texts"] = [f"texts/{entry['name']}"]
+    (tmp_path / "recipes" / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path / "here")
+    build(Path("../recipes/recipe.yml"), Path("../outputs/out"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(Path("outputs/out"), window=16).experts == list(TEXTS)
+    (tmp_path / "outputs").rename(tmp_path / "moved")  # to another place as far from the texts
+    assert evaluate(Path("moved/out"), window=16).experts == list(TEXTS)
+
+
+def test_an_expert_is_added_and_the_others_are_not_measured_again(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe |= {"gate": "ridge", "statistics": str(tmp_path / "statistics")}
+    recipe["experts"][0]["name"] = "someone/letters"
+    build(recipe, tmp_path / "two")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "statistics").iterdir()}
+    measured = []
+    right = calibrate.collect
+    monkeypatch.setattr(calibrate, "collect", lambda *args: measured.append(1) or right(*args))
+    recipe["experts"].append({**recipe["experts"][1], "name": "more"})
+    recipe["experts"][2]["texts"] = [recipe["experts"][1]["texts"][0] + "/0.txt"]
+    build(recipe, tmp_path / "three")
+    after = {file.name: file.read_bytes() for file in (tmp_path / "statistics").iterdir()}
+    assert len(measured) == 1
+    assert len(after) == 3
+    assert {name: after[name] for name in before} == before
+    recipe["experts"].pop(0)
+    build(recipe, tmp_path / "dropped")
+    assert len(measured) == 1
 
 
 def test_ridge_knows_letters_from_digits(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -166,6 +193,15 @@ def test_copies_have_no_headroom_and_the_verdict_says_so(recipe: dict[str, Any],
     found = evaluate(build(recipe, tmp_path / "out").folder, window=16)
     assert found.headroom == pytest.approx(0.0, abs=1e-5)
     assert found.sentence.startswith("Training the router will not pay, because")
+
+
+def test_the_sentence_says_what_is_left_to_win() -> None:
+    bits = {"oracle": 2.0, "soup": 2.6, "gateless": 2.5, "routed": 2.4}
+    assert sentence(0.5, bits, [0.9], True).startswith("Training the router can pay, because")
+    assert "gate prefix" not in sentence(0.5, bits, [0.9], True) + sentence(0.5, bits, [0.4], False)
+    assert "for 0.400 of the tokens: gate prefix" in sentence(0.5, bits, [0.3, 0.5], True)
+    assert "will not pay, because the routers as they are come" in sentence(0.5, {**bits, "routed": 2.01}, [0.4], True)
+    assert "only 0.010 bits" in sentence(0.01, {**bits, "gateless": 2.01}, [0.4], True)
 
 
 def test_generates(recipe: dict[str, Any], tmp_path: Path) -> None:

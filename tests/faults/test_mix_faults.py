@@ -145,6 +145,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda f, r: (r.pop("gate"), r.update(architecture="deepseek", gate_mode="random")),
         "architecture deepseek is not built",
     ),
+    "experts no list": (lambda f, r: r.update(experts=3), "experts: give a list, an entry a model, not 3"),
+    "prompts no list": (lambda f, r: r["experts"][0].update(prompts="abc"), "prompts: give a list, such as ['abc']"),
     "no experts": (lambda f, r: r.update(experts=[]), "experts"),
     "output is an input": (lambda f, r: r.update(out="other"), "choose another folder"),
 }  # fmt: skip
@@ -182,6 +184,47 @@ def test_training_needs_a_folder_that_mix_built(made: Path) -> None:
 
     with pytest.raises(InputError, match="give a folder that `model-fusion mix build` wrote"):
         train_router(made / "base")
+
+
+@pytest.mark.parametrize("gate", ["ridge", "prefix"])
+def test_a_tokenizer_of_another_model_is_told(gate: str, made: Path, tmp_path: Path) -> None:
+    from model_fusion.errors import InputError
+    from model_fusion.mix.build import build
+
+    small = write(tmp_path / "small", "llama", 0, vocab_size=64)
+    (tmp_path / "a.txt").write_text("abcdefgh " * 200)
+    experts = [{"model": str(small), "name": n, "texts": [str(tmp_path / "a.txt")]} for n in "xy"]
+    with pytest.raises(InputError, match="its embedding has 64 rows"):
+        build({"base_model": str(small), "experts": experts, "gate": gate}, tmp_path / "out")
+
+
+def test_training_one_expert_a_token_is_refused_where_nothing_would_move(made: Path, tmp_path: Path) -> None:
+    from model_fusion.errors import InputError
+    from model_fusion.mix.build import build
+    from model_fusion.mix.train import RouterSettings, train_router
+
+    (tmp_path / "a.txt").write_text("abcdefgh " * 200)
+    experts = [{"model": str(made / name), "texts": [str(tmp_path / "a.txt")]} for name in ("base", "other")]
+    recipe = {"base_model": str(made / "base"), "experts": experts, "gate": "random", "experts_per_token": 1}
+    out = build(recipe, tmp_path / "out").folder
+    quick = {"window": 16, "steps": 1, "batch_size": 2, "learning_rate": 1e-2}
+    with pytest.raises(InputError, match="its weight is always 1"):
+        train_router(out, settings=RouterSettings(**quick), progress=False)
+    for moved in ({"routing": "soft"}, {"domain": 1.0}, {"balance": 0.1}):
+        done = train_router(out, settings=RouterSettings(**quick, **moved), progress=False)
+        assert done.history.losses
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("model_fusion.mix.verdict.evaluate", lambda *args, **options: pytest.fail("it was run"))
+    for flag, file in (("--json", tmp_path / "no" / "v.json"), ("--html", tmp_path)):
+        monkeypatch.setattr("sys.argv", ["model-fusion", "mix", "eval", str(tmp_path), flag, str(file)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert "give a file in a folder that exists" in capsys.readouterr().err
 
 
 WORK = """

@@ -88,6 +88,9 @@ def evaluate(
     from model_fusion.mix import verdict
     from model_fusion.report import mix as report
 
+    for file in (json_file, html):
+        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise InputError(f"{file}: give a file in a folder that exists")
     found = verdict.evaluate(folder, texts, window=window, tokens=tokens or None)
     report.show(found.to_json())
     if json_file is not None:

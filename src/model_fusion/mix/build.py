@@ -4,9 +4,10 @@ stores it so; the gates come first, so that a model loaded for calibration is go
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +21,11 @@ from model_fusion.errors import InputError
 from model_fusion.mix import plan as planning
 from model_fusion.mix.combine import combine, unchanged
 from model_fusion.mix.plan import MixPlan, Output
+from model_fusion.mix.room import Evidence, widen
 from model_fusion.recipe.mix import MixRecipe, load, parse
+
+if TYPE_CHECKING:
+    from model_fusion.mix.calibrate import Calibrated
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,13 @@ def build(
     inputs = [c.folder for c in work.checkpoints.values()]
     inputs += [c.source.adapter for c in work.checkpoints.values() if c.source.adapter]
     check_target(output, inputs, overwrite=overwrite)
-    gates, accuracy = _gates(work, folder)
+    started = _gates(work, folder)
+    gates, accuracy = dict(zip(work.mixed, started.gates, strict=True)), started.accuracy
     specs = [item.spec for item in work.outputs]
     with CheckpointWriter(output, specs, key=_key(work), shard_size=shard_size, resume=resume) as writer:
         for item in work.outputs:
             if item.spec.name not in writer.done:
-                _write(item, work, writer, gates)
+                _write(item, work, writer, gates, started.evidence)
         for item in work.outputs:
             if unchanged(item, work.checkpoints):  # hashed once: the input is the output
                 part = item.parts[0]
@@ -72,7 +78,7 @@ def build(
         files[lineage.NAME] = lineage.build(
             "mix",
             f"{work.family.model_type} mixture, {work.recipe.chosen_gate()} gates",
-            work.recipe.model_dump(exclude_none=True, mode="json"),
+            _found_again(work.recipe, folder, output),
             list(work.checkpoints.values()),
             specs,
             writer.done,
@@ -88,14 +94,27 @@ def build(
     return Built(output, work, work.recipe.chosen_gate(), accuracy)
 
 
-def _gates(work: MixPlan, folder: Path | None) -> tuple[dict[int, torch.Tensor], list[float]]:
+def _found_again(recipe: MixRecipe, folder: Path | None, output: Path) -> dict[str, Any]:
+    """The recipe for the record, its texts told from the output's parent: training and eval read them from there."""
+    told: dict[str, Any] = recipe.model_dump(exclude_none=True, mode="json")
+    for entry in told["experts"]:
+        for i, name in enumerate(entry["texts"]):
+            path = Path(name).expanduser()
+            if not path.is_absolute():
+                found = path if folder is None or path.exists() else folder / path
+                entry["texts"][i] = os.path.relpath(found.resolve(), output.parent.resolve())
+    return told
+
+
+def _gates(work: MixPlan, folder: Path | None) -> "Calibrated":
     from model_fusion.mix.calibrate import calibrate
 
-    found = calibrate(work, folder)
-    return dict(zip(work.mixed, found.gates, strict=True)), found.accuracy
+    return calibrate(work, folder)
 
 
-def _write(item: Output, work: MixPlan, writer: CheckpointWriter, gates: dict[int, torch.Tensor]) -> None:
+def _write(
+    item: Output, work: MixPlan, writer: CheckpointWriter, gates: dict[int, torch.Tensor], evidence: Evidence | None
+) -> None:
     with torch.inference_mode():
         if item.how == "gate":
             writer.write(item.spec.name, gates[item.layer].to(item.spec.dtype))
@@ -106,6 +125,8 @@ def _write(item: Output, work: MixPlan, writer: CheckpointWriter, gates: dict[in
                 for name, tensor in work.checkpoints[part.model].stored(part.tensor).items():
                     hashes[f"{part.model}:{name}"] = hashlib.sha256(as_bytes(tensor)).hexdigest()
         made = combine(item, work.checkpoints, work.recipe.seed)
+        if work.room is not None and evidence is not None:
+            made = widen(item.parts[0].tensor, made, work.room, evidence)
         if not _finite(made):
             where = ", ".join(f"{part.model}: {part.tensor}" for part in item.parts)
             raise InputError(f"NaN or Inf in {item.spec.name!r}, made of {where}")
@@ -119,6 +140,11 @@ def notes(work: MixPlan, accuracy: list[float]) -> list[str]:
         f"{len(names)} experts ({', '.join(names)}), {recipe.top_k()} for a token, in {len(work.mixed)} layers.",
         f"Everything else: {recipe.trunk.replace('_', ' ')} of `base_model`.",
     ]
+    if work.room is not None:
+        found.append(
+            f"Widened for gate prefix: hidden size {work.room.hidden} → {work.room.width}, attention heads "
+            f"{work.room.heads} → {work.room.config()['num_attention_heads']}; without routing, the same function."
+        )
     if recipe.chosen_gate() != "gateless" and not accuracy:
         found.append("The routers were not calibrated on text: measure them (`model-fusion mix eval`) before use.")
     if accuracy:

@@ -11,8 +11,10 @@ from model_fusion.checkpoint.llm import hash_files, weight_files
 from model_fusion.errors import InputError, MissingDependencyError
 from model_fusion.mix.combine import combine
 from model_fusion.mix.gates import GATES, GateInputs
+from model_fusion.mix.gates.prefix import token_table
 from model_fusion.mix.plan import MixPlan
-from model_fusion.mix.statistics import Statistics, StatisticsFolder, accuracy, collect
+from model_fusion.mix.room import Evidence, Room, widen
+from model_fusion.mix.statistics import Statistics, StatisticsFolder, accuracy, collect, probing, router_inputs
 from model_fusion.recipe.mix import ExpertEntry
 from model_fusion.training.texts import documents, split, windows
 
@@ -22,10 +24,11 @@ WINDOW = 256
 @dataclass
 class Calibrated:
     """gates: float32 [L, E, H] over the mixed layers. accuracy: per layer, on router inputs that were kept out of
-    the sums; empty for gates without statistics."""
+    the sums; empty for gates without statistics. evidence: gate prefix's, what goes into the plan's room."""
 
     gates: Tensor
     accuracy: list[float] = field(default_factory=list)
+    evidence: Evidence | None = None
 
 
 def calibrate(plan: MixPlan, relative_to: Path | None) -> Calibrated:
@@ -69,26 +72,28 @@ class _Calibration:
         self.plan, self.relative_to = plan, relative_to
         self.experts = plan.recipe.experts
         self._domains: list[Statistics] | None = None
+        self._evidence: Evidence | None = None
         self._model: Any = None
 
     def run(self) -> Calibrated:
-        recipe = self.plan.recipe
+        recipe, room = self.plan.recipe, self.plan.room
         gate = GATES[recipe.chosen_gate()]
         gates = gate.make(
             GateInputs(
                 layers=len(self.plan.mixed),
                 experts=len(self.experts),
-                hidden_size=int(self.plan.dense["hidden_size"]),
+                hidden_size=int(self.plan.dense["hidden_size"]) if room is None else room.width,
                 seed=recipe.seed,
                 ridge=recipe.ridge,
                 embeddings=self._embeddings,
                 hidden=self._hidden,
-                statistics=self._statistics,
+                statistics=self._statistics if room is None else self._prefixes,
+                evidence=-1 if room is None else room.evidence,
             )
         )
         if not bool(torch.isfinite(gates).all()):
             raise InputError(f"gate {gate.name} gave NaN or Inf: check the base model's weights and the texts")
-        return Calibrated(gates, accuracy(gates, self._domains) if self._domains else [])
+        return Calibrated(gates, accuracy(gates, self._domains) if self._domains else [], self._evidence)
 
     def _trunk(self) -> Any:
         if self._model is None:
@@ -136,9 +141,7 @@ class _Calibration:
         tokenizer, trunk = self._tokenizer(), self._identity()
         self._domains = []
         for name, entry in zip(recipe.names(), self.experts, strict=True):
-            texts = split(documents(entry.texts, self.relative_to))[0] if entry.texts else list(entry.prompts)
-            length = WINDOW if entry.texts else min(WINDOW, sum(len(t) for t in texts))
-            ids = _windows(texts, tokenizer, length, recipe.calibration_tokens, name)
+            ids = self._ids(name, entry, tokenizer)
             file = store.file(name, trunk + self.plan.family.router_input, ids, self.plan.mixed) if store else None
             found = store.load(file) if store and file else None
             if found is None:
@@ -147,6 +150,49 @@ class _Calibration:
                     store.save(file, found)
             self._domains.append(found)
         return self._domains
+
+    def _ids(self, name: str, entry: ExpertEntry, tokenizer: Any) -> Tensor:
+        """Calibration windows [N, T] of one domain."""
+        texts = split(documents(entry.texts, self.relative_to))[0] if entry.texts else list(entry.prompts)
+        length = WINDOW if entry.texts else min(WINDOW, sum(len(t) for t in texts))
+        found = _windows(texts, tokenizer, length, self.plan.recipe.calibration_tokens, name)
+        base = self.plan.checkpoints[self.plan.recipe.base_model]
+        rows = base.spec("model.embed_tokens.weight").shape[0]
+        if int(found.max()) >= rows:
+            raise InputError(
+                f"{base.source.spec}: its tokenizer gives token {int(found.max())}, its embedding has {rows} rows: "
+                "give the tokenizer that belongs to the model"
+            )
+        return found
+
+    def _prefixes(self) -> list[Statistics]:
+        """Gate prefix: counts of the windows that are no probes, then the widened trunk's router inputs on the probes.
+
+        Those are measured twice: first to see how large each layer's running means are, then at size one.
+        """
+        plan, tokenizer = self.plan, self._tokenizer()
+        if plan.room is None:
+            raise AssertionError("gate prefix without room")
+        ids = [self._ids(n, e, tokenizer) for n, e in zip(plan.recipe.names(), self.experts, strict=True)]
+        probes, counted = zip(*(probing(i) for i in ids), strict=True)
+        dense = self._trunk()
+        embedding = dense.get_input_embeddings().weight.detach()
+        counts = [torch.bincount(i[c].flatten(), minlength=len(embedding)) for i, c in zip(ids, counted, strict=True)]
+        layers = int(plan.dense["num_hidden_layers"])
+        evidence = Evidence.of(token_table(counts), embedding, layers)
+        seen = slice(plan.room.evidence, plan.room.evidence + len(self.experts))
+        model = widened(dense, plan.room, evidence)
+        found = []
+        for windows_, chosen in zip(ids, probes, strict=True):
+            parts = [router_inputs(model, windows_[n : n + 1], plan.mixed, plan.family.router_input) for n in chosen]
+            found.append(Statistics.empty(len(plan.mixed), plan.room.width))
+            found[-1].probe = torch.cat(parts, dim=1)
+        size = torch.cat([f.probe[:, :, seen] for f in found], dim=1).square().mean((1, 2)).sqrt()
+        evidence.gains[plan.mixed] = torch.where(size > 1e-6, 1 / size, 1.0)  # equal texts say nothing
+        for each in found:
+            each.probe[:, :, seen] *= evidence.gains[plan.mixed][:, None, None]
+        self._domains, self._evidence = found, evidence
+        return found
 
     def _identity(self) -> str:
         """The trunk's identity: its files, and whether other models are averaged into it."""
@@ -157,6 +203,16 @@ class _Calibration:
         if recipe.statistics is None:
             return ""
         return " ".join(hash_files([p for p in weight_files(f) if p.is_file()]) for f in folders)
+
+
+def widened(dense: Any, room: Room, evidence: Evidence) -> Any:
+    """The dense model with room for the evidence: another of its class, float32, eval."""
+    config = type(dense.config).from_dict({**dense.config.to_dict(), **room.config()})
+    made = type(dense)(config).eval()
+    tied = "lm_head.weight" if config.tie_word_embeddings else ""
+    state = {name: widen(name, tensor, room, evidence) for name, tensor in dense.state_dict().items() if name != tied}
+    made.load_state_dict(state, strict=not tied)
+    return made
 
 
 def _windows(texts: list[str], tokenizer: Any, length: int, limit: int, name: str) -> Tensor:

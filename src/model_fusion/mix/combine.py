@@ -11,7 +11,7 @@ from model_fusion.mix.plan import Output, Part
 
 
 def combine(output: Output, checkpoints: Mapping[str, Checkpoint], seed: int) -> Tensor:
-    """The tensor in the planned shape and dtype; a view of the input file where nothing changes."""
+    """The tensor in the planned shape (before widening) and dtype; a view of the input file where nothing changes."""
     spec = output.spec
     if output.how == "zeros":
         return torch.zeros(spec.shape, dtype=spec.dtype)
@@ -19,9 +19,8 @@ def combine(output: Output, checkpoints: Mapping[str, Checkpoint], seed: int) ->
         total = sum(checkpoints[p.model].read(p.tensor).float() * p.scale for p in output.parts)
         return torch.as_tensor(total).to(spec.dtype)
     pieces = [_piece(part, checkpoints[part.model], output, seed) for part in output.parts]
-    if len(pieces) == 1:
-        return pieces[0].view(spec.shape)
-    return torch.cat(pieces, dim=1 if output.how == "columns" else 0).view(spec.shape)
+    made = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1 if output.how == "columns" else 0)
+    return made if output.widened else made.view(spec.shape)
 
 
 def _piece(part: Part, checkpoint: Checkpoint, output: Output, seed: int) -> Tensor:
@@ -37,7 +36,7 @@ def _piece(part: Part, checkpoint: Checkpoint, output: Output, seed: int) -> Ten
 
 def unchanged(output: Output, checkpoints: Mapping[str, Checkpoint]) -> bool:
     """Whether the output is, byte for byte, its single input."""
-    if len(output.parts) != 1 or output.how == "mean":
+    if len(output.parts) != 1 or output.how == "mean" or output.widened:
         return False
     part = output.parts[0]
     same = checkpoints[part.model].spec(part.tensor).dtype == output.spec.dtype

@@ -50,7 +50,9 @@ def gather(folder: Path, texts: Texts | Path | None) -> dict[str, list[str]]:
     recipe = recipe_of(folder)
     names = names_of(recipe)
     if texts is None:
-        found = {n: documents(e.get("texts", ()), folder.parent) for n, e in zip(names, recipe["experts"], strict=True)}
+        found = {
+            n: documents(_beside(folder, e.get("texts", ()))) for n, e in zip(names, recipe["experts"], strict=True)
+        }
     elif isinstance(texts, Path):
         if not texts.is_dir():
             raise InputError(f"{texts}: no such folder; give one with a sub-folder a domain ({', '.join(names)})")
@@ -66,6 +68,11 @@ def gather(folder: Path, texts: Texts | Path | None) -> dict[str, list[str]]:
             f"no text for expert {empty!r}: give a folder with a sub-folder a domain, or texts in the recipe"
         )
     return {name: found[name] for name in names}
+
+
+def _beside(folder: Path, texts: Iterable[str]) -> list[str]:
+    """The recipe's texts, which `mix build` tells from the folder's parent; else from where the command runs."""
+    return [str(folder.parent / name) if (folder.parent / name).exists() else name for name in texts]
 
 
 def prepare(texts: Mapping[str, list[str]], tokenizer: Any, length: int, limit: int | None) -> Domains:

@@ -18,6 +18,7 @@ from model_fusion.mix import config as configs
 from model_fusion.mix.families import FAMILIES, Family
 from model_fusion.mix.families.base import FFN
 from model_fusion.mix.families.dense import DENSE, REFUSED
+from model_fusion.mix.room import Room
 from model_fusion.recipe.mix import ExpertEntry, MixRecipe
 from model_fusion.recipe.reading import nearest
 from model_fusion.tokenizer.table import VOCABULARY_FILES, read_table
@@ -41,17 +42,20 @@ class Part:
 @dataclass(frozen=True)
 class Output:
     """One tensor to make: its parts copied, averaged, joined along rows (then reshaped to the spec) or columns;
-    `zeros` has no parts; `gate` is row block [E, H] of layer `layer`."""
+    `zeros` has no parts; `gate` is row block [E, H] of layer `layer`. `widened`: the spec has `mix.room` in it, the
+    parts have not."""
 
     spec: TensorSpec
     how: How
     parts: tuple[Part, ...] = ()
     layer: int = -1
+    widened: bool = False
 
 
 @dataclass(frozen=True)
 class MixPlan:
-    """What `build` executes. `mixed`: layers with experts, in order. `config`: the output's; `dense`: the trunk's."""
+    """What `build` executes. `mixed`: layers with experts, in order. `config`: the output's; `dense`: the trunk's.
+    `room`: where gate prefix widens the model."""
 
     recipe: MixRecipe
     family: Family
@@ -60,6 +64,7 @@ class MixPlan:
     mixed: list[int]
     dense: dict[str, Any]
     config: dict[str, Any]
+    room: Room | None = None
 
     @property
     def averaged(self) -> list[Output]:
@@ -84,6 +89,7 @@ class _Planner:
         self.problems: list[str] = []
         self.configs: dict[str, dict[str, Any]] = {}
         self.outputs: list[Output] = []
+        self.room: Room | None = None
 
     def run(self) -> MixPlan | None:
         for name, checkpoint in self.checkpoints.items():
@@ -97,6 +103,8 @@ class _Planner:
         family = None if self.problems else self._family()
         if family is None:
             return None
+        if self.recipe.chosen_gate() == "prefix":
+            self.room = Room.of(self.dense, len(self.recipe.experts))
         layers = int(self.dense["num_hidden_layers"])
         mixed = sorted(self.recipe.layers) if self.recipe.layers is not None else list(range(layers))
         odd = next((n for n in mixed if not 0 <= n < layers), None)
@@ -107,7 +115,7 @@ class _Planner:
         for layer in mixed:
             self._experts(family, layer)
         config = self._config(family, [n for n in range(layers) if n not in mixed])
-        return MixPlan(self.recipe, family, self.checkpoints, self.outputs, mixed, self.dense, config)
+        return MixPlan(self.recipe, family, self.checkpoints, self.outputs, mixed, self.dense, config, self.room)
 
     def _name(self) -> str:
         return self.recipe.base_model
@@ -199,6 +207,11 @@ class _Planner:
             return "shared_experts"
         if self.recipe.layers is not None and family.dense_layers is None:
             return "a choice of layers"
+        if self.recipe.chosen_gate() == "prefix":
+            if not family.widens:
+                return "gate prefix (its class takes no wider residual stream)"
+            if len(self.recipe.experts) > self.dense["head_dim"]:
+                return f"gate prefix with more experts than head_dim {self.dense['head_dim']}"
         layers = int(self.dense["num_hidden_layers"])
         for suffix in DENSE[self.dense["model_type"]].optional:
             held = [n for n in range(layers) if f"model.layers.{n}.{suffix}" in self.base]
@@ -253,6 +266,7 @@ class _Planner:
 
     def _experts(self, family: Family, layer: int) -> None:
         prefix, hidden = f"model.layers.{layer}.", int(self.dense["hidden_size"])
+        seen = hidden if self.room is None else self.room.width
         total = len(self.recipe.experts)
         for target, sources in family.experts.items():
             each = [tuple(_part(entry, prefix + source) for source in sources) for entry in self.recipe.experts]
@@ -264,7 +278,7 @@ class _Planner:
             else:
                 joined = tuple(part for parts in each for part in parts)
                 self._add(prefix + target, "rows", joined, (total, rows, columns))
-        gate = TensorSpec(prefix + family.gate, self._dtype(self.base.spec(prefix + FFN[0]).dtype), (total, hidden))
+        gate = TensorSpec(prefix + family.gate, self._dtype(self.base.spec(prefix + FFN[0]).dtype), (total, seen))
         self.outputs.append(Output(gate, "gate", layer=layer))
         if family.shared:
             self._shared(family, prefix, layer, hidden)
@@ -307,14 +321,19 @@ class _Planner:
         if bad is not None:
             self.problems.append(f"tensor {target!r} would be made of {bad}: dequantise the model first")
         default = next(iter(dtypes)) if dtypes else self.base.spec("model.embed_tokens.weight").dtype
-        self.outputs.append(Output(TensorSpec(target, self._dtype(default), shape), how, parts))
+        if self.room is not None and self._dtype(default) == torch.float16:
+            self.problems.append("gate prefix: float16 cannot hold its small numbers: set dtype to bfloat16 or float32")
+        if self.room is not None:
+            shape = self.room.shape(parts[0].tensor, shape)
+        spec = TensorSpec(target, self._dtype(default), shape)
+        self.outputs.append(Output(spec, how, parts, widened=self.room is not None))
 
     def _config(self, family: Family, left_dense: list[int]) -> dict[str, Any]:
         counts: dict[torch.dtype, int] = {}
         for output in self.outputs:
             counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.spec.nbytes
         return configs.write(
-            self.dense,
+            self.dense if self.room is None else {**self.dense, **self.room.config()},
             family,
             experts=len(self.recipe.experts),
             top_k=self.recipe.top_k(),

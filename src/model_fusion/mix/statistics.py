@@ -6,6 +6,7 @@ statistics know nothing of the others', so experts can be added and dropped.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,18 @@ def router_inputs(model: Any, ids: Tensor, layers: Sequence[int] | None = None, 
     return torch.stack([seen[n] for n in chosen]).cpu()
 
 
+def probing(ids: Tensor, most: int | None = None) -> tuple[list[int], list[int]]:
+    """Which windows of ids [N, T] are probes (at most `most`), and which are counted."""
+    probes = [n for n in range(len(ids)) if n % _PROBE_SHARE == _PROBE_SHARE - 1] or [len(ids) - 1]
+    probes = probes[:most]
+    return probes, [n for n in range(len(ids)) if n not in probes] or probes  # a single window has to serve as both
+
+
 def collect(model: Any, ids: Tensor, layers: Sequence[int], module: str = "mlp") -> Statistics:
     """Stream one domain's windows ids [N, T] through the dense trunk."""
     result, probes, held = Statistics.empty(len(layers), int(model.config.hidden_size)), [], 0
-    probing = [n for n in range(len(ids)) if n % _PROBE_SHARE == _PROBE_SHARE - 1] or [len(ids) - 1]
-    probing = probing[: max(1, -(-_PROBE // ids.shape[1]))]
-    counted = [n for n in range(len(ids)) if n not in probing] or probing  # a single window has to serve as both
-    for n in probing:
+    chosen, counted = probing(ids, most=max(1, -(-_PROBE // ids.shape[1])))
+    for n in chosen:
         x = router_inputs(model, ids[n : n + 1], layers, module)[:, : _PROBE - held]
         probes.append(x)
         held += x.shape[1]
@@ -92,7 +98,8 @@ class StatisticsFolder:
 
     def file(self, name: str, trunk: str, ids: Tensor, layers: Sequence[int]) -> Path:
         key = hashlib.sha256(repr((trunk, list(layers), tuple(ids.shape))).encode() + ids.numpy().tobytes())
-        return self.folder / f"{name}-{key.hexdigest()[:16]}.safetensors"
+        plain = re.sub(r"[^\w.-]", "_", name)  # an expert may be called after a hub id, with a slash
+        return self.folder / f"{plain}-{key.hexdigest()[:16]}.safetensors"
 
     def load(self, file: Path) -> Statistics | None:
         if not file.is_file():

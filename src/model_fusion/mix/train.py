@@ -85,6 +85,7 @@ def train_router(
     model = load_mixed(folder)
     domains = prepare(found, tokenizer_of(folder), settings.window, settings.tokens)
     layers, parameters = freeze(model)
+    _check_that_something_trains(layers, settings)
     objective = _Objective(model, layers, domains, settings)
     before = objective.held_out().loss
     start = [p.detach().clone() for p in parameters]
@@ -117,6 +118,15 @@ def freeze(model: Any) -> tuple[list[MoELayer], list[nn.Parameter]]:
     for parameter in parameters:
         parameter.requires_grad_(True)
     return layers, parameters
+
+
+def _check_that_something_trains(layers: list[MoELayer], settings: RouterSettings) -> None:
+    alone = layers[0].router.top_k == 1 and settings.routing == "top_k"
+    if alone and not (settings.balance or settings.domain):
+        raise InputError(
+            "with one expert a token its weight is always 1, so the text's loss cannot move a router: "
+            "give --routing soft, or --domain 1 (or build with experts_per_token 2)"
+        )
 
 
 class _Objective(nn.Module):

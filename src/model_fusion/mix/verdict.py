@@ -16,11 +16,13 @@ from torch import Tensor
 from model_fusion.mix.calibrate import tokenizer_of
 from model_fusion.mix.domains import Domains, Texts, gather, prepare
 from model_fusion.mix.load import load_mixed
-from model_fusion.mix.routing import MoELayer, fixed, moe_layers, replaced, souped, watched
+from model_fusion.mix.routing import MoELayer, family_of, fixed, moe_layers, replaced, souped, watched
 from model_fusion.mix.train import next_token_loss
 
 WORTH = 0.05
 """Bits a byte of headroom below which no router pays: lightly tuned experts of one model leave less."""
+BLIND = 0.6
+"""Routing accuracy below which a better view of the text is worth trying before longer training."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,13 @@ def judge(model: Any, domains: Domains) -> Verdict:
         load=watch.load(),
         mismatch=run.mismatch(),
         nats={name: sum(values) / count for name, values in mean.items()},
-        sentence=sentence(headroom, bits),
+        sentence=sentence(headroom, bits, watch.accuracy(), family_of(model.config.model_type).widens),
     )
 
 
-def sentence(headroom: float, bits: dict[str, float]) -> str:
-    """The verdict in words; `bits` holds oracle, soup, gateless and routed in bits per byte."""
+def sentence(headroom: float, bits: dict[str, float], accuracy: list[float], widens: bool) -> str:
+    """The verdict in words; `bits` holds oracle, soup, gateless and routed in bits per byte, `accuracy` each layer's,
+    `widens` says whether this kind of mixture can have gate prefix."""
     won = bits["gateless"] - bits["routed"]
     share = f"; the routers as they are win {won:.3f} of it" if won > 0 else "; the routers as they are win none of it"
     if headroom < WORTH:
@@ -97,9 +100,22 @@ def sentence(headroom: float, bits: dict[str, float]) -> str:
             f"Training the router will not pay, because the best expert of each domain is only {headroom:.3f} bits "
             f"a byte better than running all experts (gateless); use {words[best]} ({bits[best]:.3f})."
         )
+    left = bits["routed"] - bits["oracle"]
+    if left < WORTH:
+        return (
+            f"Training the router will not pay, because the routers as they are come within {left:.3f} bits a byte of "
+            f"always knowing the domain's own expert; use them ({bits['routed']:.3f})."
+        )
+    mean = sum(accuracy) / len(accuracy)
+    hint = ""
+    if mean < BLIND and widens:
+        hint = (
+            f" They name the text's own expert for {mean:.3f} of the tokens: gate prefix, which reads all the text so "
+            "far, may tell more."
+        )
     return (
         f"Training the router can pay, because the best expert of each domain is {headroom:.3f} bits a byte better "
-        f"than running all experts (gateless){share}."
+        f"than running all experts (gateless){share}.{hint}"
     )
 
 

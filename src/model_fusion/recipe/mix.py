@@ -11,7 +11,7 @@ from model_fusion.recipe.merge import Dtype
 from model_fusion.recipe.reading import mistake, nearest, yaml_documents
 
 GateName = Literal[
-    "auto", "ridge", "mean", "hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "gateless"
+    "auto", "ridge", "prefix", "mean", "hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "gateless"
 ]
 PROMPTED = ("hidden", "hidden_avg", "cheap_embed")
 _MERGEKIT_ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
@@ -72,10 +72,12 @@ class MixRecipe(_Strict):
             raise ValueError(f"two experts are named {twice!r}: give each its own name")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ValueError("layers names a layer twice")
-        if self.gate in ("ridge", "mean"):
+        if self.gate in ("ridge", "prefix", "mean"):
             bare = next((n for n, e in zip(names, self.experts, strict=True) if not (e.texts or e.prompts)), None)
             if bare is not None:
                 raise ValueError(f"gate {self.gate} needs texts or prompts for expert {bare!r}")
+        if self.gate == "prefix" and self.statistics is not None:
+            raise ValueError("gate prefix keeps no statistics: leave statistics out")
         if self.gate in PROMPTED:
             bare = next((n for n, e in zip(names, self.experts, strict=True) if not e.prompts), None)
             if bare is not None:
@@ -118,10 +120,16 @@ def parse(data: Any, where: str = "recipe") -> MixRecipe:
     translated = _from_mergekit(data, where)
     _check_keys(translated, MixRecipe, where)
     for key in ("experts", "shared_experts"):
-        for i, entry in enumerate(translated.get(key) or []):
+        entries = translated.get(key) or []
+        if not isinstance(entries, list):
+            raise InputError(f"{where}: {key}: give a list, an entry a model, not {entries!r}")
+        for i, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise InputError(f"{where}: {key}[{i}]: expected keys such as model, not {entry!r}")
             _check_keys(entry, ExpertEntry, f"{where}: {key}[{i}]")
+            single = next((k for k in ("texts", "prompts", "negative_prompts") if isinstance(entry.get(k), str)), None)
+            if single is not None:
+                raise InputError(f"{where}: {key}[{i}]: {single}: give a list, such as [{entry[single]!r}]")
     gates = GateName.__args__  # type: ignore[attr-defined]
     gate = translated.get("gate", "auto")
     if gate not in gates:

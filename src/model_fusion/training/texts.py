@@ -59,7 +59,7 @@ def windows(texts: Iterable[str], tokenizer: Any, length: int, limit: int | None
     limit: at most so many tokens, taken evenly from the documents, so that a long first one does not fill it.
     """
     chosen = list(texts)
-    share = None if limit is None else -(-limit // max(len(chosen), 1))
+    share = None if limit is None else -(-max(limit, length) // max(len(chosen), 1))
     ids: list[int] = []
     end = tokenizer.eos_token_id
     for text in chosen:

@@ -26,7 +26,8 @@ class Family:
     of the number of experts. biases: dense biases that the class has. keeps: config keys taken over from the dense
     model as they are. sets: constants. width: config key of the experts' intermediate size. own_head_dim: whether
     the class honours head_dim. dense_layers: config key of the layers left dense, where the class has one.
-    mixes: what becomes experts. router_input: the dense module whose input the router sees.
+    mixes: what becomes experts. widens: whether the class takes the sizes of `mix.room`.
+    router_input: the dense module whose input the router sees.
     """
 
     model_type: str
@@ -44,5 +45,6 @@ class Family:
     bias_key: str | None = None
     dense_layers: str | None = None
     mixes: str = "ffn"
+    widens: bool = False
     router_input: str = "mlp"
     shared: Shared | None = None

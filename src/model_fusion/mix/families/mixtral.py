@@ -15,5 +15,6 @@ MIXTRAL = Family(
     routers=("mlp.gate", "block_sparse_moe.gate"),
     count="num_local_experts",
     keeps=("sliding_window",),
+    widens=True,
     sets={"router_jitter_noise": 0.0, "router_aux_loss_coef": 0.001, "output_router_logits": False},
 )

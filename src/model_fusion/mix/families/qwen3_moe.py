@@ -24,5 +24,6 @@ QWEN3_MOE = Family(
         "output_router_logits": False,
     },
     width="moe_intermediate_size",
+    widens=True,
     dense_layers="mlp_only_layers",
 )

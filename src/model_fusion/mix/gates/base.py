@@ -15,7 +15,8 @@ Needs = Literal["nothing", "embeddings", "prompts", "statistics"]
 
 @dataclass(frozen=True)
 class GateInputs:
-    """layers L, experts E, hidden H; the callables are only called by gates that need them.
+    """layers L, experts E, hidden H; evidence: the first channel of the running means (gate prefix).
+    The callables are only called by gates that need them.
 
     embeddings(negative): per expert, the mean over its prompts of the summed token embeddings [H].
     hidden(average, negative): per expert, the residual stream entering each layer [L, H], mean over prompts, at the
@@ -31,6 +32,7 @@ class GateInputs:
     embeddings: Callable[[bool], list[Tensor | None]]
     hidden: Callable[[bool, bool], list[Tensor | None]]
     statistics: Callable[[], list["Statistics"]]
+    evidence: int = -1
 
 
 @dataclass(frozen=True)
