@@ -115,7 +115,7 @@ def text_oracle(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
 def zeroed(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
     model = trials.main(seed)
     # The normaliser's mean: what it sends on is exactly 0.
-    mean = model.normalisers.get_submodule(trials.name).get_buffer("mean").cpu()
+    mean = model.normalisers[trials.name].get_buffer("mean").cpu()
     texts = trials.ask(model.with_experts({trials.name: constant(trials.expert, mean)}))
     return [Outcome(trials.scores(texts), texts)]
 

@@ -1,4 +1,5 @@
-"""Examples and requests from JSONL and CSV files, each row checked against the experts' schemas."""
+"""Examples and requests from JSONL and CSV files (UTF-8, with or without the mark that spreadsheets put first), each
+row checked against the experts' schemas."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def read_examples(
 
 
 def _jsonl(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -58,7 +59,7 @@ def _jsonl(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int
 
 
 def _csv(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         columns = ["prompt", "answer", *schemas]
         for column in reader.fieldnames or ():

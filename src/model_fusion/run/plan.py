@@ -18,7 +18,7 @@ from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, bridge_con
 from model_fusion.fuse.data import read_examples
 from model_fusion.fuse.experts import Expert
 from model_fusion.fuse.fit import ExampleLike, held_out
-from model_fusion.fuse.placeholders import reserve_ids
+from model_fusion.fuse.placeholders import check_names, reserve_ids
 from model_fusion.fuse.processor import FusedProcessor
 from model_fusion.recipe.fuse import FuseRecipe
 from model_fusion.recipe.reading import nearest
@@ -42,6 +42,7 @@ class Plan:
 
 def make_plan(recipe: FuseRecipe, *, given: Mapping[str, Any] | None = None) -> Plan:
     """Load and check what `recipe` names, the cheap things first. Raises InputError or IntegrityError."""
+    check_names(recipe.experts)
     bridge = bridge_config(recipe.bridge)
     settings = training_settings(recipe, bridge)
     base = resolve_llm(recipe.base)
@@ -109,6 +110,7 @@ def check_prompts(
     and a prompt with answer that is longer than the LLM's context.
     """
     config, tokenizer = load_tokenizer(base)
+    check_names(experts, tokenizer)
     text = config.get_text_config(decoder=True)
     shape = LLMShape(text.hidden_size, text.num_hidden_layers, 1.0, torch.zeros(text.hidden_size))
     with torch.random.fork_rng(devices=[]):

@@ -106,7 +106,7 @@ def _task(
 
 def _share(read: Sequence[Any], wanted: Sequence[Any]) -> float:
     """How many answers are the wanted ones; one that cannot be read never is."""
-    return sum(a is not None and a == b for a, b in zip(read, wanted, strict=True)) / len(read)
+    return float(np.mean([a is not None and a == b for a, b in zip(read, wanted, strict=True)]))
 
 
 def _exchanged(
