@@ -258,6 +258,9 @@ def _rearranged(trials: Trials, seed: int, source: Sequence[int]) -> Outcome:
 
 
 def _trained_with(trials: Trials, seed: int, expert: Expert, labels: int | None) -> Outcome:
+    # The labels, and what the objective `align` tells its oracle, are the audited expert's.
+    expert = copy.copy(expert)
+    expert.describe = trials.expert.describe  # type: ignore[method-assign]
     with trials.trained(seed, experts={trials.name: expert}, labels=labels) as model:
         texts = trials.ask(model)
     return Outcome(trials.scores(texts), texts)

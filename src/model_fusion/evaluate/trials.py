@@ -11,6 +11,7 @@ import torch
 
 from model_fusion.errors import InputError
 from model_fusion.evaluate.tasks.base import Task, example_key
+from model_fusion.fuse.align import train_by
 from model_fusion.fuse.bridges import BridgeConfig
 from model_fusion.fuse.experts.base import Expert
 from model_fusion.fuse.fit import Example
@@ -73,7 +74,7 @@ class Trials:
     def fit(self, model: FusedModel, seed: int, labels: int | None = None) -> None:
         """Train the active bridge of `model`: same settings as the fusion's, another seed."""
         train, validation = self.labelled(labels, seed)
-        model.fit(train, validation=validation, **{**self.training, "seed": seed, "progress": False})
+        train_by(model, train, validation, {**self.training, "seed": seed}, progress=False)
 
     @contextmanager
     def beside(
