@@ -91,6 +91,31 @@ def test_rows_of_a_dataset_train_like_examples() -> None:
     assert len(build().fit(numbers, **SMALL).losses) == 4
 
 
+def test_the_collator_makes_what_the_processor_makes() -> None:
+    fused, rows = build(), [vars(e) | {"inputs": {**e.inputs, "other": None}} for e in examples()]
+    batch = fused.collator(rows)(rows[:3])
+    expert = fused.experts["sign"]
+    features = expert.encode([e.inputs["sign"] for e in examples()]).values
+    assert torch.allclose(fused.normalisers["sign"].mean, features.double().mean(dim=(0, 1)).float())
+    encoded = fused.processor.encode(
+        *([vars(e)[key] for e in examples()[:3]] for key in ("prompt", "inputs", "answer"))
+    )
+    expected = fused.processor.collate(encoded, labels=True)
+    assert batch.keys() == expected.keys() >= {"labels", "expert_features"}
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    # The check is red for other rows.
+    assert not torch.equal(fused.collator(rows)(rows[1:4])["expert_features"], expected["expert_features"])
+
+
+def test_a_prompt_longer_than_the_llm_reads_is_refused() -> None:
+    fused = build()
+    assert fused.context == 256
+    with pytest.raises(InputError, match=r"the LLM reads 256: shorten the prompt"):
+        fused.answer("hit or stick? " * 100)
+    with pytest.raises(InputError, match="its answer may take 300"):
+        fused.answer("hit?", max_new_tokens=300)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -112,7 +112,9 @@ def checked_examples(examples: Sequence[Any], where: str) -> list[Example]:
             )
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise InputError(f"{where} {number}: the answer is the text that the LLM shall say, got {answer!r:.80}")
-        found.append(Example(prompt, inputs or {}, str(answer)))
+        # A dataset's rows have every key that any of them has: what is None is not given.
+        given = {name: item for name, item in (inputs or {}).items() if item is not None}
+        found.append(Example(prompt, given, str(answer)))
     return found
 
 
@@ -209,6 +211,17 @@ def _with_language(fused: FusedModel, answers: AnswerStep, examples: Sequence[Ex
             return loss + weight * kept
 
     return Both()
+
+
+def collator(fused: FusedModel, examples: Sequence[Any]) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """Fit the normalisers on `examples`, and return what turns rows like them into a training batch with labels: the
+    `data_collator` of transformers' Trainer or TRL's (with remove_unused_columns=False). Raises InputError."""
+    fit_normalisers(fused, checked_examples(examples, "example"))
+
+    def collate(rows: Sequence[Any]) -> dict[str, Tensor]:
+        return fused.processor.collate(encode(fused, checked_examples(rows, "row")), labels=True)
+
+    return collate
 
 
 def held_out(examples: Sequence[T], seed: int, share: float = 0.2) -> tuple[list[T], list[T]]:

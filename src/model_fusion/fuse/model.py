@@ -129,6 +129,12 @@ class FusedModel(BridgeSet, PreTrainedModel, GenerationMixin):
 
         return fit(self, examples, **settings)
 
+    def collator(self, examples: Sequence[Any]) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        """A `data_collator` for somebody else's training loop: see `model_fusion.fuse.fit.collator`."""
+        from model_fusion.fuse.fit import collator
+
+        return collator(self, examples)
+
     def align(self, items: Sequence[Any], **options: Any) -> History:
         """Train the active bridge without labels: see `model_fusion.fuse.align.align` for the arguments."""
         from model_fusion.fuse.align import align
@@ -286,6 +292,12 @@ class FusedModel(BridgeSet, PreTrainedModel, GenerationMixin):
         if isinstance(inputs, Mapping):
             raise InputError("a list of prompts takes a list of inputs, one mapping for each prompt")
         return answer(self, prompts, inputs, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens, prompt and answer together, the LLM was made to read; None where it does not say."""
+        found: int | None = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return found
 
     # ---- what PreTrainedModel asks for ---------------------------------------------------------------------
 
