@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types check bench clean
+.PHONY: demo test lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

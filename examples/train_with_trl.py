@@ -3,8 +3,8 @@
     pip install trl datasets
     python examples/train_with_trl.py
 
-The expert is a function of one number. The dataset's columns are named by us; the processor turns them into ids,
-features and labels, so TRL is told to leave the dataset as it is.
+The expert is a function of one number. The model's own collator turns rows (prompt, inputs, answer) into ids, features
+and labels, so TRL is told to leave the dataset as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -21,7 +20,6 @@ from trl import SFTConfig, SFTTrainer
 import model_fusion as mf
 from model_fusion.fuse.bridges import Gated
 from model_fusion.fuse.experts import Field, InputSchema
-from model_fusion.fuse.experts.base import Features
 
 QUESTION = "Should I hit or stick? The table: <|table|>"
 
@@ -38,14 +36,7 @@ def main() -> None:
     expert = mf.Expert.from_callable(chances, InputSchema((Field("x", "float"),)), classes=("stick", "hit"))
     fused = mf.FusedModel.build("smollm2", experts={"table": expert}, bridge=Gated(), dtype=torch.bfloat16)
     xs = [(2 * i + 1) / 64 - 1 for i in range(64)]
-    encoded: Features = expert.encode(xs)
-    fused.normalisers["table"].fit(encoded)
-    processor = fused.processor
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        inputs = [{"table": row["x"]} for row in rows]
-        encoded = processor.encode([QUESTION] * len(rows), inputs, [row["said"] for row in rows])
-        return processor.collate(encoded, labels=True)
+    rows = [{"prompt": QUESTION, "inputs": {"table": x}, "answer": "hit" if x > 0 else "stick"} for x in xs]
 
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
@@ -65,8 +56,8 @@ def main() -> None:
         SFTTrainer(
             fused,
             settings,
-            train_dataset=Dataset.from_dict({"x": xs, "said": ["hit" if x > 0 else "stick" for x in xs]}),
-            data_collator=collate,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=fused.collator(rows),
             processing_class=fused.tokenizer,
         ).train()
     fused.eval()

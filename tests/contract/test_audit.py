@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_fusion.errors import InputError, IntegrityError
+from model_fusion.errors import InputError, IntegrityError, MissingDependencyError
 from model_fusion.evaluate import audit as auditing
 from model_fusion.evaluate import controls
 from model_fusion.evaluate.audit import AuditSettings, audit, run_audit
@@ -124,6 +124,9 @@ def test_every_control_is_there(report: dict[str, Any]) -> None:
     assert len([row for row in report["rows"] if row["control"] == "12"]) == 2
     assert {row["labels"] for row in report["rows"] if row["control"] == "5"} == {None, 16}
     assert json.loads(json.dumps(report)) == report
+    rows = {row["control"]: row["scores"]["points"]["mean"] for row in report["rows"] if not row["variant"]}
+    expected = (mean(report, "fused", "points") - rows["2"]) / (rows["1"] - rows["2"])
+    assert report["skill_recovered"] == pytest.approx(expected)
 
 
 def test_the_controls_say_what_they_should(report: dict[str, Any]) -> None:
@@ -242,6 +245,64 @@ def test_a_journal_of_another_audit_is_refused(gated: tuple[FusedModel, Task], t
     run_audit(fused, task, settings, journal=tmp_path / "j", progress=False)
     with pytest.raises(IntegrityError, match="another fusion, task or setting"):
         run_audit(fused, replace(task, train=task.train[::-1]), settings, journal=tmp_path / "j", resume=True)
+
+
+def test_finished_cells_are_not_thrown_away_by_mistake(gated: tuple[FusedModel, Task], tmp_path: Path) -> None:
+    fused, task = gated
+    journal, settings = tmp_path / "a.json.journal.jsonl", AuditSettings(1, (), controls=("1",))
+    run_audit(fused, task, settings, journal=journal, progress=False)
+    kept = journal.read_text()
+    with pytest.raises(InputError, match=r"holds 2 finished cells of an audit: go on with --resume"):
+        audit(fused, task=task, json_file=tmp_path / "a.json", progress=False)
+    assert journal.read_text() == kept
+
+
+@pytest.mark.parametrize("wrong", [{"json_file": "none/a.json"}, {"html_file": "none/a.html"}, {"html_file": "."}])
+def test_where_nothing_can_be_written_is_told_first(
+    wrong: dict[str, str], gated: tuple[FusedModel, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*args: Any, **options: Any) -> None:
+        raise AssertionError("the audit ran")
+
+    monkeypatch.setattr(auditing, "run_audit", run)
+    fused, task = gated
+    files = {key: tmp_path / value for key, value in wrong.items()}
+    with pytest.raises(InputError, match="name a file"):
+        audit(fused, task=task, journal=tmp_path / "j", **files)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="needs matplotlib"):
+        audit(fused, task=task, journal=tmp_path / "j", html_file=tmp_path / "a.html")
+    with pytest.raises(AssertionError, match="the audit ran"):  # what is right does run
+        audit(fused, task=task, journal=tmp_path / "j", json_file=tmp_path / "a.json")
+
+
+def test_the_signal_is_taken_from_the_fusion_of_few_labels_too(
+    gated: tuple[FusedModel, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, task = gated
+    fitted: list[int | None] = []
+    fit = Trials.fit
+
+    def watched(self: Trials, model: FusedModel, seed: int, labels: int | None = None) -> None:
+        fitted.append(labels)
+        fit(self, model, seed, labels)
+
+    monkeypatch.setattr(Trials, "fit", watched)
+    settings = AuditSettings(1, (32,), controls=("fused", "4a", "4b", "4c"))
+    found = run_audit(fused, task, settings, journal=tmp_path / "j", progress=False)
+    labels = {key: {r["labels"] for r in found["rows"] if r["control"] == key} for key in ("fused", "4a", "4b", "4c")}
+    assert set(map(frozenset, labels.values())) == {frozenset({None, 32})}
+    assert fitted == [None, 32]  # each once
+    few = {r["control"]: r for r in found["rows"] if r["labels"] == 32}
+    assert few["4a"]["difference"]["points"]["mean"] == pytest.approx(
+        few["fused"]["by_seed"]["0"]["points"] - few["4a"]["by_seed"]["0"]["points"]
+    )
+    # The check is red when the fusion of all labels answers for that of few.
+    main = Trials.main
+    monkeypatch.setattr(Trials, "main", lambda self, seed, labels=None: main(self, seed))
+    fitted.clear()
+    run_audit(fused, task, settings, journal=tmp_path / "k", progress=False)
+    assert fitted == [None]
 
 
 @pytest.mark.parametrize("bridge", [Prefix(tokens=2, width=32), Lora(tokens=2, width=32)], ids=lambda b: b.kind)

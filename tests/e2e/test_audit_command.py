@@ -9,7 +9,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from model_fusion.cli.main import main
+from model_fusion.errors import InputError
 from model_fusion.evaluate.controls import TOLD
+from model_fusion.evaluate.saved import load_for_audit
 from model_fusion.fuse.bridges import Gated
 from model_fusion.fuse.experts import Expert, Field, InputSchema
 from model_fusion.fuse.model import FusedModel
@@ -74,6 +76,21 @@ def test_audits_a_saved_fusion(
     assert command(monkeypatch, folder / "out", *files, "--quick", "--resume") == 0
     assert json.loads((folder / "a.json").read_text())["rows"] == report["rows"]
     assert (folder / "out" / "audit.journal.jsonl").read_text() == journal
+
+
+def test_a_pickled_expert_is_read_with_permission_only(folder: Path, tmp_path: Path) -> None:
+    rows = load_for_audit(folder / "out", examples=folder / "examples.jsonl")[1].train
+    x = np.array([row.inputs["sample"] for row in rows])
+    schema = InputSchema((Field("a", "float"), Field("b", "float")))
+    fitted = LogisticRegression().fit(x, [row.answer for row in rows])
+    expert = Expert.from_sklearn(fitted, schema, save_as="joblib")
+    fused = FusedModel.build(folder / "base", experts={"sample": expert}, bridge=Gated(layers=(1,), width=32))
+    fused.save_pretrained(tmp_path / "out")
+    with pytest.raises(InputError, match="allow_pickle"):
+        load_for_audit(tmp_path / "out", examples=folder / "examples.jsonl")
+    with pytest.warns(UserWarning, match="runs whatever code"):
+        opened, _ = load_for_audit(tmp_path / "out", examples=folder / "examples.jsonl", allow_pickle=True)
+    assert opened.experts["sample"].describe([(0.9, 0)]) == expert.describe([(0.9, 0)])
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_bad_data_is_told_in_one_line(fitted: mf.FusedClassifier) -> None:
         fitted.predict([[0.0, float("nan"), 0.0]])
 
 
-def test_a_regressor_says_numbers_and_reads_a_frame_by_its_columns() -> None:
+def test_a_regressor_says_numbers_and_reads_a_frame_by_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"size": rng.uniform(0, 9, 120), "rooms": rng.integers(1, 5, 120)})
     price = (frame["size"] * 0.4 + frame["rooms"]).round()  # 1 to 8: one token each
@@ -154,3 +154,6 @@ def test_a_regressor_says_numbers_and_reads_a_frame_by_its_columns() -> None:
     assert model.score(test[["rooms", "size"]], price[:16]) > 0.5
     with pytest.raises(InputError, match="lacks the columns size"):
         model.predict(test[["rooms"]])
+    monkeypatch.setattr(model, "answers", lambda X: ["3", "no idea", "1 or 2"])
+    with pytest.warns(UserWarning, match="2 of 3 answers hold no number"):
+        assert model.predict(test[:3]).tolist() == [3.0, model.mean_, model.mean_]

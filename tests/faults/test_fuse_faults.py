@@ -126,6 +126,19 @@ WRONG: dict[str, tuple[Change, str]] = {
     "training out of range": (lambda f, r: r.update(training={"batch_size": 0}), "batch_size must be at least 1"),
     "seed twice": (lambda f, r: r.update(training={"seed": 1}), "seed is the recipe's own key"),
     "language under training": (lambda f, r: r.update(training={"keep_language": 1}), "the recipe's own key"),
+    "unknown objective": (lambda f, r: r.update(objective="align me"), "objective"),
+    "language beside aligning": (
+        lambda f, r: r.update(objective="align", keep_language=1),
+        "keep_language belongs to the objective `answers`",
+    ),
+    "nothing to align": (
+        lambda f, r: r.update(objective="align", bridge="tool"),
+        "the tool bridge has nothing to align",
+    ),
+    "a prompt to align without a placeholder": (
+        lambda f, r: (row(f, prompt="High?", inputs={}), r.update(objective="align"))[1],
+        "exactly one placeholder",
+    ),
     "language below nothing": (lambda f, r: r.update(keep_language=-1), "keep_language"),
     "unknown bridge": (lambda f, r: r.update(bridge="gatd"), "did you mean 'gated'"),
     "bridge of a wrong type": (lambda f, r: r.update(bridge=3), "give a bridge's name"),

@@ -114,3 +114,17 @@ def test_names_are_there_without_torch() -> None:
     code = "import sys, model_fusion as mf, model_fusion.cli.main; mf.fuse; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_that_a_spreadsheet_saved(suffix: str, encoding: str, tmp_path: Path) -> None:
+    """Spreadsheets put a byte order mark before the first column's name."""
+    text = {
+        ".csv": f"prompt,sensor,answer\n{toy.PROMPT},1 2,low\n",
+        ".jsonl": f'{{"prompt": "{toy.PROMPT}", "inputs": {{"sensor": [1, 2]}}, "answer": "low"}}\n',
+    }
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(text[suffix], encoding=encoding)
+    (row,) = read_examples(file, {"sensor": SCHEMA})
+    assert (row.prompt, row.inputs, row.answer) == (toy.PROMPT, {"sensor": (1.0, 2.0)}, "low")

@@ -12,8 +12,12 @@ def audit(
     seeds: int = typer.Option(None, min=1, help="Trainings of everything that trains; default 5, with --quick 2."),
     json_file: Path = typer.Option(None, "--json", help="Write the report as JSON."),
     html_file: Path = typer.Option(None, "--html", help="Write the report as one HTML page."),
-    resume: bool = typer.Option(False, help="Go on with an interrupted audit."),
-    quick: bool = typer.Option(False, help="A quick look with few seeds; the output says that it is no audit."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with an interrupted audit."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start afresh; forget the finished cells."),
+    allow_pickle: bool = typer.Option(False, "--allow-pickle", help="Load joblib experts: runs code in their files."),
+    quick: bool = typer.Option(
+        False, "--quick", help="A quick look with few seeds; the output says that it is no audit."
+    ),
 ) -> None:
     """Run the twelve controls on a saved fusion."""
     from model_fusion.evaluate import audit as work  # torch loads here, not for --help
@@ -28,5 +32,7 @@ def audit(
         json_file=json_file,
         html_file=html_file,
         resume=resume,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
     )
     print_audit(report)

@@ -16,17 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from model_fusion.errors import InputError
 from model_fusion.evaluate import speech
 from model_fusion.evaluate.controls import CONTROLS, Control, NotApplicable
-from model_fusion.evaluate.journal import Journal
+from model_fusion.evaluate.journal import Journal, finished
 from model_fusion.evaluate.machine import machine, versions
 from model_fusion.evaluate.saved import load_for_audit
-from model_fusion.evaluate.summary import summarise
+from model_fusion.evaluate.summary import skill_recovered, summarise
 from model_fusion.evaluate.tasks.base import Task
 from model_fusion.evaluate.trials import Trials
 from model_fusion.fuse.fit import Example
 from model_fusion.fuse.model import FusedModel
+from model_fusion.report import json_file as json_files
 
 FEW = 32
-"""The few-label comparison of control 5, validation included."""
+"""The few-label comparison of controls 4 and 5, validation included."""
 CURVE = (8, 16, 32, 64, 128)
 ENOUGH_SEEDS = 5
 JOURNAL = "audit.journal.jsonl"
@@ -74,7 +75,7 @@ def cells(settings: AuditSettings, label_count: int) -> list[Cell]:
     few = [count for count in settings.curve if count < label_count]
     for seed in range(settings.seeds):
         found += [Cell(control, seed, None) for control in chosen if control.seeded]
-        found += [Cell(control, seed, FEW) for control in chosen if control.curve and FEW in few]
+        found += [Cell(control, seed, FEW) for control in chosen if control.few and FEW in few]
     for seed in range(settings.seeds):
         found += [Cell(control, seed, count) for control in chosen if control.curve for count in few if count != FEW]
     return found
@@ -91,25 +92,37 @@ def audit(
     html_file: str | Path | None = None,
     journal: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     given: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Audit a fusion (a model, or a saved folder) on a task or on your own examples; returns the report.
 
     Its `claims` say in words what the numbers support. `seeds`: trainings of what trains (default 5, `quick` 2).
     Finished cells are kept in `journal` (default: audit.journal.jsonl in the saved folder, or beside the JSON file),
-    from which `resume` goes on. Raises InputError, IntegrityError.
+    from which `resume` goes on; without it, they are only replaced with `overwrite`. given, allow_pickle: as in
+    `FusedModel.from_pretrained`. Raises InputError, IntegrityError, and MissingDependencyError before the work begins.
     """
     from model_fusion.report.claims import claims
     from model_fusion.report.page import page
+    from model_fusion.report.plots import need_matplotlib
 
-    fused, chosen = load_for_audit(fusion, task, examples, given)
+    for flag, file in (("--json", json_file), ("--html", html_file)):
+        json_files.check(None if file is None else Path(file), flag)
+    if html_file is not None:
+        need_matplotlib()
     settings = AuditSettings.short(seeds or 2) if quick else AuditSettings(ENOUGH_SEEDS if seeds is None else seeds)
     folder = None if isinstance(fusion, FusedModel) else Path(fusion)
+    fused, chosen = load_for_audit(fusion, task, examples, given, allow_pickle=allow_pickle)
     if journal is None:
         if folder is None and json_file is None:
             raise InputError("name a journal file: this model is not in a folder where finished cells could be kept")
         journal = folder / JOURNAL if folder else Path(f"{json_file}.journal.jsonl")
+    if (done := finished(Path(journal))) and not (resume or overwrite):
+        raise InputError(
+            f"{journal}: holds {done} finished cells of an audit: go on with --resume, or start afresh with --overwrite"
+        )
     report = run_audit(
         fused, chosen, settings, journal=Path(journal), fusion=str(fusion) if folder else "", resume=resume,
         progress=progress,
@@ -128,7 +141,6 @@ def audit(
 
 def write(file: Path, text: str) -> None:
     """Complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}.incomplete")
     try:
         work.write_text(text, encoding="utf-8")
@@ -171,6 +183,7 @@ def run_audit(
             bar.advance(line)
     finally:
         trials.close()
+    summary = summarise({cell.key: kept.cells[cell.key] for cell in plan}, task.metric)
     report = {
         "format": 1,
         "fusion": {
@@ -198,7 +211,8 @@ def run_audit(
         "training": dict(training) or "the bridge's defaults",
         "machine": machine(),
         "versions": versions(),
-        **summarise({cell.key: kept.cells[cell.key] for cell in plan}, task.metric),
+        **summary,
+        "skill_recovered": skill_recovered(summary["rows"], task.metric),
         "speech": kept.cells["speech"],
         "answers": _answers(trials, kept.cells),
     }

@@ -46,13 +46,15 @@ Run = Callable[[Trials, int, int | None], list[Outcome]]
 @dataclass(frozen=True)
 class Control:
     """`key` orders and names it (the number of the evidence list where it has one); `seeded` ones are run once a
-    seed; those with a `curve` also with few labels; `rules_out` is the explanation that it would expose."""
+    seed; those that ask about `few` labels also with 32, those with a `curve` with each count of the few-label curve;
+    `rules_out` is the explanation that it would expose."""
 
     key: str
     name: str
     rules_out: str
     run: Run
     seeded: bool
+    few: bool
     curve: bool
 
 
@@ -61,11 +63,13 @@ FUSED = "fused"
 """Key of the row that every control is compared with."""
 
 
-def control(key: str, name: str, rules_out: str, *, seeded: bool = False, curve: bool = False) -> Callable[[Run], Run]:
+def control(
+    key: str, name: str, rules_out: str, *, seeded: bool = False, few: bool = False, curve: bool = False
+) -> Callable[[Run], Run]:
     """Register a control."""
 
     def register(run: Run) -> Run:
-        CONTROLS[key] = Control(key, name, rules_out, run, seeded, curve)
+        CONTROLS[key] = Control(key, name, rules_out, run, seeded, few or curve, curve)
         return run
 
     return register
@@ -73,13 +77,9 @@ def control(key: str, name: str, rules_out: str, *, seeded: bool = False, curve:
 
 @control(FUSED, "the fusion", "", seeded=True, curve=True)
 def fused(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
-    if labels is not None:
-        with trials.trained(seed, labels=labels) as model:
-            texts = trials.ask(model)
-            return [Outcome(trials.scores(texts), texts)]
-    model = trials.main(seed)
+    model = trials.main(seed, labels)
     texts = trials.ask(model)
-    return [Outcome(trials.scores(texts) | trials.paraphrases(model), texts)]
+    return [Outcome(trials.scores(texts) | ({} if labels else trials.paraphrases(model)), texts)]
 
 
 @control("saved", "this saved fusion", "")
@@ -111,23 +111,24 @@ def text_oracle(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
     return found
 
 
-@control("4a", "the expert's signal zeroed", "the answer ignores the expert", seeded=True)
+@control("4a", "the expert's signal zeroed", "the answer ignores the expert", seeded=True, few=True)
 def zeroed(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
-    model = trials.main(seed)
+    model = trials.main(seed, labels)
     # The normaliser's mean: what it sends on is exactly 0.
-    mean = model.normalisers.get_submodule(trials.name).get_buffer("mean").cpu()
+    mean = model.normalisers[trials.name].get_buffer("mean").cpu()
     texts = trials.ask(model.with_experts({trials.name: constant(trials.expert, mean)}))
     return [Outcome(trials.scores(texts), texts)]
 
 
-@control("4b", "the expert's signal shuffled between rows", "the answer ignores the expert", seeded=True)
+@control("4b", "the expert's signal shuffled between rows", "the answer ignores the expert", seeded=True, few=True)
 def shuffled(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
-    return [_rearranged(trials, seed, shuffle(len(trials.questions), seed))]
+    return [_rearranged(trials, seed, labels, shuffle(len(trials.questions), seed))]
 
 
-@control("4c", "each row given the signal of a row decided otherwise", "the answer ignores the expert", seeded=True)
+@control("4c", "each row given the signal of a row decided otherwise", "the answer ignores the expert",
+         seeded=True, few=True)  # fmt: skip
 def swapped(trials: Trials, seed: int, labels: int | None) -> list[Outcome]:
-    return [_rearranged(trials, seed, swap(trials.expert.describe(trials.items()), seed))]
+    return [_rearranged(trials, seed, labels, swap(trials.expert.describe(trials.items()), seed))]
 
 
 @control("5", "an untrained expert, same labels and budget", "the bridge learns the task from leaked input",
@@ -245,9 +246,9 @@ def swap(decided: Sequence[str], seed: int) -> list[int]:
     return [int(rng.choice(others[decision])) for decision in decided]
 
 
-def _rearranged(trials: Trials, seed: int, source: Sequence[int]) -> Outcome:
+def _rearranged(trials: Trials, seed: int, labels: int | None, source: Sequence[int]) -> Outcome:
     """Row i answered with the signal of row source[i], scored as row i; `follows`: scored as row source[i]."""
-    model, items = trials.main(seed), trials.items()
+    model, items = trials.main(seed, labels), trials.items()
     asked = [
         Example(q.prompt, {**q.inputs, trials.name: items[i]}, "")
         for q, i in zip(trials.questions, source, strict=True)
@@ -258,6 +259,9 @@ def _rearranged(trials: Trials, seed: int, source: Sequence[int]) -> Outcome:
 
 
 def _trained_with(trials: Trials, seed: int, expert: Expert, labels: int | None) -> Outcome:
+    # The labels, and what the objective `align` tells its oracle, are the audited expert's.
+    expert = copy.copy(expert)
+    expert.describe = trials.expert.describe  # type: ignore[method-assign]
     with trials.trained(seed, experts={trials.name: expert}, labels=labels) as model:
         texts = trials.ask(model)
     return Outcome(trials.scores(texts), texts)

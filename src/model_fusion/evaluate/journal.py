@@ -10,6 +10,11 @@ from typing import Any
 from model_fusion.errors import IntegrityError
 
 
+def finished(file: Path) -> int:
+    """How many cells are kept in a journal; 0 where there is none."""
+    return max(0, file.read_text().count("\n") - 1) if file.is_file() else 0
+
+
 class Journal:
     """The first line says which audit this is (`fingerprint`); each other line is one finished cell."""
 
@@ -21,7 +26,7 @@ class Journal:
             lines = [line for line in file.read_text().split("\n")[:-1] if line]
             head, *rest = [json.loads(line) for line in lines] or [{}]
             if head.get("fingerprint") != fingerprint:
-                raise IntegrityError(f"{file}: belongs to another fusion, task or setting: audit without --resume")
+                raise IntegrityError(f"{file}: belongs to another fusion, task or setting: delete it to start afresh")
             self.cells = {cell["key"]: cell for cell in rest}
         file.parent.mkdir(parents=True, exist_ok=True)
         work = file.with_name(f".{file.name}.incomplete")

@@ -22,6 +22,8 @@ def load_for_audit(
     task: Task | str | None = None,
     examples: Sequence[Example] | str | Path | None = None,
     given: Mapping[str, Any] | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> tuple[FusedModel, Task]:
     """The fusion (a model, or a saved folder) and its task: `examples`, else `task` (or its name), else what the
     fusion recorded. The task's labels and scores are those of the fusion's own expert. Raises InputError."""
@@ -29,7 +31,11 @@ def load_for_audit(
         raise InputError("give either a task or examples, not both")
     recorded = (fusion.task if isinstance(fusion, FusedModel) else read_config(Path(fusion)).get("task")) or {}
     if examples is not None:
-        fused = fusion if isinstance(fusion, FusedModel) else FusedModel.from_pretrained(fusion, given=given)
+        fused = (
+            fusion
+            if isinstance(fusion, FusedModel)
+            else FusedModel.from_pretrained(fusion, given=given, allow_pickle=allow_pickle)
+        )
         schemas = {name: expert.inputs for name, expert in fused.experts.items()}
         rows = read_examples(Path(examples), schemas) if isinstance(examples, (str, Path)) else examples
         return fused, examples_task(rows, fused.experts)
@@ -42,7 +48,7 @@ def load_for_audit(
         fused = fusion
     else:
         live = {task.expert_name: live_parts(task.expert), **(given or {})}
-        fused = FusedModel.from_pretrained(fusion, given=live)
+        fused = FusedModel.from_pretrained(fusion, given=live, allow_pickle=allow_pickle)
     if task.expert_name not in fused.experts:
         raise InputError(
             f"task {task.name!r} has an expert {task.expert_name!r}, this fusion {', '.join(fused.experts)}"

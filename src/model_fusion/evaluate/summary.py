@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model_fusion.evaluate.controls import CONTROLS, FUSED
@@ -40,6 +40,20 @@ def summarise(cells: Mapping[str, Mapping[str, Any]], metric: Metric) -> dict[st
             "cpu_seconds": sum(cell.get("cpu_seconds", 0.0) for cell in cells.values()),
         },
     }
+
+
+def skill_recovered(rows: Sequence[Mapping[str, Any]], metric: Metric) -> float | None:
+    """(fusion - LLM alone) / (expert - LLM alone) of the metric's means; None where one was not measured, or where
+    the expert is no better than the LLM told the input in words."""
+    means = {
+        row["control"]: row["scores"][metric.name]["mean"]
+        for row in rows
+        if row["labels"] is None and not row["variant"] and metric.name in row["scores"]
+    }
+    if not {FUSED, "1", "2"} <= set(means):
+        return None
+    room = (means["1"] - means["2"]) * (1 if metric.higher_is_better else -1)
+    return None if room <= 0 else float((means[FUSED] - means["2"]) / (means["1"] - means["2"]))
 
 
 def _row(group: Group, scores: Scores, fusion: Scores | None, metric: Metric) -> dict[str, Any]:

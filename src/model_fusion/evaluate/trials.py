@@ -11,6 +11,7 @@ import torch
 
 from model_fusion.errors import InputError
 from model_fusion.evaluate.tasks.base import Task, example_key
+from model_fusion.fuse.align import train_by
 from model_fusion.fuse.bridges import BridgeConfig
 from model_fusion.fuse.experts.base import Expert
 from model_fusion.fuse.fit import Example
@@ -39,7 +40,7 @@ class Trials:
         self.questions = task.questions()
         place = {example_key(question): number for number, question in enumerate(self.questions)}
         self.test = [place[example_key(example)] for example in task.test]
-        self._main: tuple[int, FusedModel, ExitStack] | None = None
+        self._main: tuple[tuple[int, int | None], FusedModel, ExitStack] | None = None
 
     @property
     def expert(self) -> Expert:
@@ -73,7 +74,7 @@ class Trials:
     def fit(self, model: FusedModel, seed: int, labels: int | None = None) -> None:
         """Train the active bridge of `model`: same settings as the fusion's, another seed."""
         train, validation = self.labelled(labels, seed)
-        model.fit(train, validation=validation, **{**self.training, "seed": seed, "progress": False})
+        train_by(model, train, validation, {**self.training, "seed": seed}, progress=False)
 
     @contextmanager
     def beside(
@@ -100,13 +101,13 @@ class Trials:
             self.fit(model, seed, labels)
             yield model
 
-    def main(self, seed: int) -> FusedModel:
-        """The fusion itself, trained with `seed` on all labels; kept until another seed is asked for."""
-        if self._main is None or self._main[0] != seed:
+    def main(self, seed: int, labels: int | None = None) -> FusedModel:
+        """The fusion itself, trained with `seed` on so many labels (None: all); kept until another is asked for."""
+        if self._main is None or self._main[0] != (seed, labels):
             self.close()
             stack = ExitStack()
-            model = stack.enter_context(self.trained(seed))
-            self._main = (seed, model, stack)
+            model = stack.enter_context(self.trained(seed, labels=labels))
+            self._main = ((seed, labels), model, stack)
         return self._main[1]
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ tokens start near the embeddings of the words they stand for (`spell`), which ne
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model_fusion.errors import InputError
-from model_fusion.fuse.fit import fingerprint, held_out, training_settings
+from model_fusion.fuse.fit import ExampleLike, fingerprint, held_out, training_settings
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import placeholder
 from model_fusion.fuse.processor import Encoded, Occurrence, check_features
@@ -73,7 +74,7 @@ def align(
     """
     if not fused.bridge.trainable:
         raise InputError(f"the {fused.bridge.kind} bridge has nothing to train: ask it directly")
-    chosen = training_settings({**TRAINING, **settings})
+    begun, chosen = time.monotonic(), training_settings({**TRAINING, **settings})
     if not validation:
         items, validation = held_out(items, chosen.seed)
     if fit_normaliser:
@@ -90,7 +91,9 @@ def align(
     parameters = fused.trainable_parameters()
     start, before = held.measure(), [p.detach().clone() for p in parameters]
     if chosen.target and start.score >= chosen.target[0] and start.loss <= chosen.target[1]:
-        return History(validations=[(0, start.loss, start.score)], stopped="target reached")
+        return History(
+            validations=[(0, start.loss, start.score)], stopped="target reached", seconds=time.monotonic() - begun
+        )
     fused.train()
     try:
         history = train(
@@ -114,6 +117,22 @@ def align(
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
     return history
+
+
+def train_by(
+    fused: FusedModel,
+    examples: Sequence[ExampleLike],
+    validation: Sequence[ExampleLike],
+    training: Mapping[str, Any],
+    **options: Any,
+) -> History:
+    """Train as a saved fusion's record says: `training` holds the arguments of `fit`, or of `align` where its
+    `objective` is "align", which reads the examples' inputs only. `options` go to either."""
+    settings = dict(training)
+    if settings.pop("objective", "answers") == "answers":
+        return fused.fit(examples, validation=validation, **settings, **options)
+    shown, unseen = ([dict(example.inputs) for example in some] for some in (examples, validation))
+    return fused.align(shown, validation=unseen, **settings, **options)
 
 
 def generic_prompts(experts: Sequence[str]) -> list[Prompt]:

@@ -32,6 +32,12 @@ def answer(
         raise InputError("answer gives one text for each prompt: call generate for num_return_sequences")
     processor, tokenizer = fused.processor, fused.tokenizer
     rows = processor.encode(prompts, inputs)
+    longest = max((len(row.ids) for row in rows), default=0)
+    if fused.context and longest + max_new_tokens > fused.context:
+        raise InputError(
+            f"a prompt has {longest} tokens and its answer may take {max_new_tokens}, the LLM reads {fused.context}: "
+            "shorten the prompt, or ask for fewer new tokens"
+        )
     settings = {
         "do_sample": False,
         "max_new_tokens": max_new_tokens,

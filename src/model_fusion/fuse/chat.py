@@ -142,9 +142,8 @@ class ChatSession:
             raise failed[0]
 
     def _check_length(self, messages: list[dict[str, str]], inputs: dict[str, Any]) -> None:
-        limit = getattr(self.fused.config.get_text_config(), "max_position_embeddings", None)
         length = len(self.fused.processor.encode([messages], [inputs])[0].ids)
-        if limit and length + self.max_new_tokens > limit:
+        if (limit := self.fused.context) and length + self.max_new_tokens > limit:
             raise InputError(
                 f"the conversation has {length} tokens and the answer may take {self.max_new_tokens}, the LLM reads "
                 f"{limit}: /reset, or start chat with a smaller --max-new-tokens"

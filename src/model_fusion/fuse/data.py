@@ -1,4 +1,5 @@
-"""Examples and requests from JSONL and CSV files, each row checked against the experts' schemas."""
+"""Examples and requests from JSONL and CSV files (UTF-8, with or without the mark that spreadsheets put first), each
+row checked against the experts' schemas."""
 
 from __future__ import annotations
 
@@ -19,11 +20,17 @@ KEYS = ("prompt", "inputs", "answer")
 
 
 def read_examples(
-    file: Path, schemas: Mapping[str, InputSchema], *, prompt: str | None = None, answers: bool = True
+    file: Path,
+    schemas: Mapping[str, InputSchema],
+    *,
+    prompt: str | None = None,
+    answers: bool = True,
+    prompts: bool = True,
 ) -> list[Example]:
     """The rows of a .jsonl file (`{"prompt", "inputs", "answer"}` a line) or a .csv file (columns prompt and answer,
     and one for each expert, with its input in words or JSON). `prompt` serves rows without their own; without
-    `answers`, rows may lack one (""). Raises InputError naming file and line."""
+    `answers`, rows may lack one (""); without `prompts` too, and then have inputs alone. Raises InputError naming file
+    and line."""
     read = {".jsonl": _jsonl, ".csv": _csv}.get(file.suffix.lower())
     if read is None:
         raise InputError(f"{file}: expected a .jsonl or .csv file")
@@ -31,7 +38,7 @@ def read_examples(
     try:
         for line, row in read(file, schemas):
             try:
-                found.append(_example(row, schemas, prompt, answers))
+                found.append(_example(row, schemas, prompt, answers, prompts))
             except InputError as error:
                 raise InputError(f"{file}, line {line}: {error}") from None
     except FileNotFoundError:
@@ -44,7 +51,7 @@ def read_examples(
 
 
 def _jsonl(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -58,7 +65,7 @@ def _jsonl(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int
 
 
 def _csv(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         columns = ["prompt", "answer", *schemas]
         for column in reader.fieldnames or ():
@@ -75,20 +82,26 @@ def _csv(file: Path, schemas: Mapping[str, InputSchema]) -> Iterator[tuple[int, 
             yield reader.line_num, {**own, "inputs": inputs}
 
 
-def _example(row: Mapping[str, Any], schemas: Mapping[str, InputSchema], default: str | None, answers: bool) -> Example:
+def _example(
+    row: Mapping[str, Any], schemas: Mapping[str, InputSchema], default: str | None, answers: bool, prompts: bool
+) -> Example:
     for key in row:
         if key not in KEYS:
             raise InputError(f"unknown key {key!r}; {nearest(key, KEYS)}")
     prompt, inputs = row.get("prompt", default), row.get("inputs", {})
     answer = row.get("answer", "")
+    if not isinstance(inputs, Mapping):
+        raise InputError("inputs: expected an object from expert names to inputs")
+    if prompt is None and not prompts:
+        if not inputs:
+            raise InputError("no input: give one for an expert")
+        return Example("", {name: check_item(name, known(name, schemas), item) for name, item in inputs.items()}, "")
     if not isinstance(prompt, str) or not prompt:
         raise InputError("no prompt: give one in the row, or one for all rows as data.prompt")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise InputError(f"answer: expected a text, got {answer!r}")
     if answers and not str(answer).strip():
         raise InputError("no answer: give the text that the LLM shall say")
-    if not isinstance(inputs, Mapping):
-        raise InputError("inputs: expected an object from expert names to inputs")
     return Example(prompt, checked_inputs(prompt, inputs, schemas), str(answer))
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -212,8 +213,15 @@ class FusedRegressor(RegressorMixin, _Fused):
         return self
 
     def predict(self, X: Any) -> NDArray[np.float64]:
-        """The number in the LLM's answer, [n]; the training mean where the answer is not one number."""
+        """The number in the LLM's answer, [n]; with a warning the training mean, where it is not one number."""
         found = [NUMBER.findall(answer) for answer in self.answers(X)]
+        if unread := sum(len(numbers) != 1 for numbers in found):
+            warnings.warn(
+                f"{unread} of {len(found)} answers hold no number, or several: the mean of y stands for them; "
+                "train longer, or with more extra_rows",
+                UserWarning,
+                stacklevel=2,
+            )
         return np.array([float(numbers[0]) if len(numbers) == 1 else self.mean_ for numbers in found])
 
     def _say(self, items: list[Any]) -> list[str]:

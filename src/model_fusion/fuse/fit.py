@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -46,9 +46,9 @@ class Example:
 
 def fit(
     fused: FusedModel,
-    examples: Sequence[ExampleLike],
+    examples: Sequence[ExampleLike | Mapping[str, Any]],
     *,
-    validation: Sequence[ExampleLike] = (),
+    validation: Sequence[ExampleLike | Mapping[str, Any]] = (),
     resume: str | Path | None = None,
     keep: bool = False,
     progress: bool = True,
@@ -56,7 +56,8 @@ def fit(
     keep_language: float = 0.0,
     **settings: Any,
 ) -> History:
-    """Train the active bridge on `examples`. Features are encoded once; normalisers are fitted on `examples` only.
+    """Train the active bridge on `examples` (or mappings with the same three keys, such as a dataset's rows). Features
+    are encoded once; normalisers are fitted on `examples` only.
 
     keep_language: weight of a second loss, KL to the text oracle over generic prompts (the objective `align`), so
     that the LLM still speaks as itself of other things while the expert's signal is present. It costs a few more
@@ -71,22 +72,23 @@ def fit(
     if len(examples) < 2:
         raise InputError(f"{len(examples)} training examples: at least 2 are needed")
     chosen = training_settings({**_defaults(fused), **settings})
-    if not validation:
-        examples, validation = held_out(examples, chosen.seed)
+    shown, unseen = checked_examples(examples, "example"), checked_examples(validation, "validation example")
+    if not unseen:
+        shown, unseen = held_out(shown, chosen.seed)
     if fit_normaliser:
-        fit_normalisers(fused, examples)
+        fit_normalisers(fused, shown)
     if keep_language < 0:
         raise InputError(f"keep_language is a weight of at least 0, got {keep_language}")
-    answers = AnswerStep(fused, encode(fused, examples))
-    step: nn.Module = _with_language(fused, answers, examples, keep_language) if keep_language else answers
-    held = AnswerStep(fused, encode(fused, validation), shortcut=None)
+    answers = AnswerStep(fused, encode(fused, shown))
+    step: nn.Module = _with_language(fused, answers, shown, keep_language) if keep_language else answers
+    held = AnswerStep(fused, encode(fused, unseen), shortcut=None)
     torch.manual_seed(chosen.seed)
     fused.train()
     try:
         return train(
             step,
             fused.trainable_parameters(),
-            len(examples),
+            len(shown),
             lambda: held.measure(chosen.batch_size * 2),
             chosen,
             resume=Path(resume) if resume else None,
@@ -96,6 +98,24 @@ def fit(
         )
     finally:
         fused.eval()
+
+
+def checked_examples(examples: Sequence[Any], where: str) -> list[Example]:
+    """Examples, or mappings of their fields, as `Example`s. Raises InputError naming the first that is neither."""
+    found = []
+    for number, one in enumerate(examples, 1):
+        read = one.get if isinstance(one, Mapping) else lambda key, one=one: getattr(one, key, None)
+        prompt, inputs, answer = read("prompt"), read("inputs"), read("answer")
+        if not isinstance(prompt, str) or answer is None or not isinstance({} if inputs is None else inputs, Mapping):
+            raise InputError(
+                f"{where} {number}: expected prompt, inputs (by expert's name) and answer, got {one!r:.80}"
+            )
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise InputError(f"{where} {number}: the answer is the text that the LLM shall say, got {answer!r:.80}")
+        # A dataset's rows have every key that any of them has: what is None is not given.
+        given = {name: item for name, item in (inputs or {}).items() if item is not None}
+        found.append(Example(prompt, given, str(answer)))
+    return found
 
 
 def training_settings(settings: Mapping[str, Any]) -> TrainSettings:
@@ -191,6 +211,17 @@ def _with_language(fused: FusedModel, answers: AnswerStep, examples: Sequence[Ex
             return loss + weight * kept
 
     return Both()
+
+
+def collator(fused: FusedModel, examples: Sequence[Any]) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """Fit the normalisers on `examples`, and return what turns rows like them into a training batch with labels: the
+    `data_collator` of transformers' Trainer or TRL's (with remove_unused_columns=False). Raises InputError."""
+    fit_normalisers(fused, checked_examples(examples, "example"))
+
+    def collate(rows: Sequence[Any]) -> dict[str, Tensor]:
+        return fused.processor.collate(encode(fused, checked_examples(rows, "row")), labels=True)
+
+    return collate
 
 
 def held_out(examples: Sequence[T], seed: int, share: float = 0.2) -> tuple[list[T], list[T]]:

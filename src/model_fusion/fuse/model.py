@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from model_fusion.architecture.wrapped import kernels_kept
 from model_fusion.checkpoint.llm import DEFAULT_LLM, LLMSource, load_llm, resolve_llm
 from model_fusion.errors import InputError
-from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, Signal, bridge_config
+from model_fusion.fuse.bridge_set import BridgeSet
+from model_fusion.fuse.bridges import BridgeConfig, Signal
 from model_fusion.fuse.config import FusedConfig
 from model_fusion.fuse.experts.base import Expert
-from model_fusion.fuse.normalise import Normaliser
-from model_fusion.fuse.placeholders import reserve_ids
+from model_fusion.fuse.placeholders import check_names, reserve_ids
 from model_fusion.fuse.precision import fastest_dtype
 from model_fusion.fuse.processor import FusedProcessor, Messages
 from model_fusion.fuse.wire import Wire, started
@@ -30,18 +29,11 @@ if TYPE_CHECKING:
     from model_fusion.training.loop import History
 
 
-class Fusion(nn.Module):
-    """One bridge with the normalisers it was trained behind. Several can be held for one base."""
-
-    def __init__(self, config: BridgeConfig, shape: LLMShape, experts: Mapping[str, Expert]) -> None:
-        super().__init__()
-        self.config = config
-        sizes = {name: expert.feature_shape for name, expert in experts.items()}
-        self.bridge: Bridge = config.build(shape, sizes)
-        self.normalisers = nn.ModuleDict({name: Normaliser(d) for name, (_, d) in sizes.items()})
+GIVEN = "given"
+"""Name of a base LLM that was handed in loaded and does not say where it came from."""
 
 
-class FusedModel(PreTrainedModel, GenerationMixin):
+class FusedModel(BridgeSet, PreTrainedModel, GenerationMixin):
     """`forward(input_ids, attention_mask, labels, expert_features, expert_mask, expert_index)`; `generate` as usual.
 
     Build with `FusedModel.build`, train with `fit` (or any Trainer), ask with `answer` or `generate`.
@@ -97,9 +89,7 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         faster. `options` (`device_map`, `quantization_config` …) go to transformers. Raises InputError."""
         if not experts:
             raise InputError("no expert was given: a fusion needs at least one")
-        for name in experts:
-            if not name.replace("_", "").replace("-", "").isalnum() or name[0].isdigit():
-                raise InputError(f"expert name {name!r}: use letters, digits, '_' and '-', not starting with a digit")
+        check_names(experts)
         if isinstance(base, (str, Path)):
             source = resolve_llm(base)
             on_cpu = "device_map" not in options and "quantization_config" not in options
@@ -108,65 +98,12 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         else:
             if tokenizer is None:
                 raise InputError("a loaded base model needs its tokenizer: build(model, tokenizer=…)")
-            source = LLMSource(str(getattr(base.config, "_name_or_path", "") or "given"), "", "")
+            source = LLMSource(str(getattr(base.config, "_name_or_path", "") or GIVEN), "", "")
+        check_names(experts, tokenizer)
         fused = cls(base, tokenizer, experts, source)
         fused.add_bridge("default", bridge, seed=seed)
         fused.eval()
         return fused
-
-    # ---- bridges -------------------------------------------------------------------------------------------
-
-    def add_bridge(self, name: str, bridge: str | dict[str, Any] | BridgeConfig, *, seed: int = 0) -> None:
-        """Add a fresh bridge beside the others and switch to it."""
-        if name in self.fusions:
-            raise InputError(f"a bridge called {name!r} exists already; remove it first or choose another name")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            fusion = Fusion(bridge_config(bridge), self._shape(), self.experts)
-            fusion.bridge.attach(self.base, name)
-        fusion.to(self.base.get_input_embeddings().weight.device)
-        self.fusions[name] = fusion
-        self.set_bridge(name)
-
-    def set_bridge(self, name: str) -> None:
-        """Switch to the bridge called `name`."""
-        if name not in self.fusions:
-            raise InputError(f"no bridge called {name!r}; loaded: {', '.join(self.fusions)}")
-        if self.active in self.fusions:
-            self.bridge.set_enabled(self.base, self.active, False)
-        self.active = name
-        self.bridge.set_enabled(self.base, name, self.enabled)
-
-    def remove_bridge(self, name: str) -> None:
-        """Forget a bridge that is not the active one."""
-        if name == self.active:
-            raise InputError(f"bridge {name!r} is active: switch to another first")
-        self._fusion(name).bridge.detach(self.base, name)
-        del self.fusions[name]
-
-    @contextmanager
-    def bridge_off(self) -> Iterator[None]:
-        """While inside, the LLM is the plain base: no hook acts, no adapter is on."""
-        before, self.enabled = self.enabled, False
-        self.bridge.set_enabled(self.base, self.active, False)
-        try:
-            yield
-        finally:
-            self.enabled = before
-            self.bridge.set_enabled(self.base, self.active, before)
-
-    @property
-    def fusion(self) -> Fusion:
-        """The active bridge with its config and normalisers."""
-        return self._fusion(self.active)
-
-    @property
-    def bridge(self) -> Bridge:
-        return self.fusion.bridge
-
-    @property
-    def normalisers(self) -> nn.ModuleDict:
-        return self.fusion.normalisers
 
     @property
     def processor(self) -> FusedProcessor:
@@ -186,31 +123,17 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         other.experts = {**self.experts, **experts}
         return other
 
-    def _fusion(self, name: str) -> Fusion:
-        fusion = self.fusions[name]
-        assert isinstance(fusion, Fusion)
-        return fusion
-
-    def _shape(self) -> LLMShape:
-        text = self.config.get_text_config()
-        weight = self.base.get_input_embeddings().weight.detach()[: len(self.tokenizer)].float()
-        # What the embedding module returns may be scaled (Gemma): measure its output, not its weights.
-        # The largest row: that of a padding id may be zero.
-        norms = weight.norm(dim=1)
-        out = self.base.get_input_embeddings()(norms.argmax()[None, None]).detach().float().norm()
-        scale = float(out / norms.max().clamp(min=1e-9))
-        rms, mean = float(weight.pow(2).mean().sqrt()) * scale, weight.mean(0).cpu() * scale
-        return LLMShape(text.hidden_size, text.num_hidden_layers, rms, mean)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The active bridge's parameters, adapters included. The base has none."""
-        return self.bridge.trainable_parameters(self.base)
-
     def fit(self, examples: Sequence[Any], **settings: Any) -> History:
         """Train the active bridge: see `model_fusion.fuse.fit.fit` for the arguments."""
         from model_fusion.fuse.fit import fit
 
         return fit(self, examples, **settings)
+
+    def collator(self, examples: Sequence[Any]) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        """A `data_collator` for somebody else's training loop: see `model_fusion.fuse.fit.collator`."""
+        from model_fusion.fuse.fit import collator
+
+        return collator(self, examples)
 
     def align(self, items: Sequence[Any], **options: Any) -> History:
         """Train the active bridge without labels: see `model_fusion.fuse.align.align` for the arguments."""
@@ -231,12 +154,6 @@ class FusedModel(PreTrainedModel, GenerationMixin):
         from model_fusion.fuse.saving import load_fused
 
         return load_fused(folder, **options)
-
-    def load_bridge(self, name: str, folder: str | Path) -> None:
-        """Add a bridge saved for the same experts and base as `name`, and switch to it."""
-        from model_fusion.fuse.saving import load_bridge
-
-        load_bridge(self, name, folder)
 
     # ---- the forward pass ----------------------------------------------------------------------------------
 
@@ -354,20 +271,33 @@ class FusedModel(PreTrainedModel, GenerationMixin):
             found.append(SuppressTokensLogitsProcessor(list(self.reserved.values()), device=self.device))
         return found
 
-    @torch.no_grad()
+    @overload
+    def answer(self, prompts: str, inputs: Mapping[str, Any] | None = None, **options: Any) -> str: ...
+    @overload
     def answer(
-        self,
-        prompts: Sequence[str | Messages],
-        inputs: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        max_new_tokens: int = 16,
-        batch_size: int = 64,
-        **options: Any,
-    ) -> list[str]:
-        """Answers in words, greedy unless `options` (as `generate` takes them) say otherwise; one for each prompt."""
+        self, prompts: Sequence[str | Messages], inputs: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> list[str]: ...
+    @torch.no_grad()
+    def answer(self, prompts: Any, inputs: Any = None, *, max_new_tokens: int = 16, batch_size: int = 64,
+               **options: Any) -> str | list[str]:  # fmt: skip
+        """The answer to one prompt with its inputs by expert's name, or a list of answers to a list of prompts (texts
+        or conversations) with a list of inputs. Greedy unless `options` (as `generate` takes them) say otherwise."""
         from model_fusion.fuse.answer import answer
 
+        if isinstance(prompts, str):
+            if isinstance(inputs, Sequence):
+                raise InputError("one prompt takes one mapping of inputs: give a list of prompts, or no list of inputs")
+            given = None if inputs is None else [inputs]
+            return answer(self, [prompts], given, max_new_tokens=max_new_tokens, batch_size=1, **options)[0]
+        if isinstance(inputs, Mapping):
+            raise InputError("a list of prompts takes a list of inputs, one mapping for each prompt")
         return answer(self, prompts, inputs, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens, prompt and answer together, the LLM was made to read; None where it does not say."""
+        found: int | None = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return found
 
     # ---- what PreTrainedModel asks for ---------------------------------------------------------------------
 

@@ -17,6 +17,18 @@ def placeholder(name: str) -> str:
     return f"<|{name}|>"
 
 
+def check_names(names: Iterable[str], tokenizer: Any = None) -> None:
+    """Raise InputError for an expert's name that a prompt cannot hold, or (with a tokenizer) that is the name of one
+    of the LLM's own tokens."""
+    own = str(getattr(tokenizer, "chat_template", None) or "")
+    special = set(tokenizer.all_special_tokens) if tokenizer is not None else set()
+    for name in names:
+        if "." in name or not PLACEHOLDER.fullmatch(placeholder(name)):
+            raise InputError(f"expert name {name!r}: use letters, digits, '_' and '-', beginning with a letter a to z")
+        if placeholder(name) in special or placeholder(name) in own:
+            raise InputError(f"expert name {name!r}: {placeholder(name)} is this LLM's own token; choose another name")
+
+
 def reserve_ids(tokenizer: Any, rows: int, count: int) -> list[int]:
     """`count` token ids of a vocabulary with `rows` embedding rows that ordinary text does not produce.
 

@@ -97,8 +97,14 @@ class FusedProcessor:
 
     def render(self, prompt: str | Messages) -> str:
         """The prompt as text up to where the assistant's answer begins."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         for message in messages:
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise InputError(
+                    f"a prompt is a text, or a list of messages with role and content; {message!r} is no such message"
+                )
             check_placeholders(message["content"], self.names, self.tokenizer.all_special_tokens)
         if self.tokenizer.chat_template:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -26,7 +26,7 @@ from model_fusion.errors import InputError, IntegrityError
 from model_fusion.fuse.bridges import bridge_config
 from model_fusion.fuse.experts import Expert, load_expert, save_expert
 from model_fusion.fuse.experts.registry import file_sha256
-from model_fusion.fuse.model import FusedModel
+from model_fusion.fuse.model import GIVEN, FusedModel
 
 FORMAT = 1
 CONFIG = "fusion_config.json"
@@ -47,6 +47,7 @@ def save_fused(fused: FusedModel, folder: str | Path) -> None:
                 "name": fused.source.name,
                 "hash": fused.source.hash,
                 "fingerprint": fingerprint(fused.base),
+                "fingerprint_bfloat16": fingerprint(fused.base, torch.bfloat16),
                 "dtype": str(fused.base.dtype).removeprefix("torch."),
             },
             "bridge": fused.fusion.config.to_json(),
@@ -83,6 +84,11 @@ def load_fused(
     check_files(folder, config)
     experts = {name: _expert(folder, name, c, given, allow_pickle) for name, c in config["experts"].items()}
     recorded = config["base"]
+    if base is None and recorded["name"] == GIVEN:
+        raise InputError(
+            "this fusion was made on an LLM handed in from Python: hand it in again, "
+            "from_pretrained(folder, base=model, tokenizer=…), or name where it lies with base="
+        )
     if base is None or isinstance(base, (str, Path)):
         source = resolve_llm(recorded["name"] if base is None else base, expected_hash=recorded["hash"])
         base, tokenizer = load_llm(source, dtype=dtype or getattr(torch, recorded["dtype"]), **options)
@@ -90,9 +96,7 @@ def load_fused(
         if tokenizer is None:
             raise InputError("a loaded base model needs its tokenizer: from_pretrained(folder, base=…, tokenizer=…)")
         source = resolve_given(recorded)
-    # A quantised or converted base has other bytes than the one it was trained on; its source file is checked above.
-    converted = "quantization_config" in options or str(base.dtype) != f"torch.{recorded['dtype']}"
-    if not converted and fingerprint(base) != recorded["fingerprint"]:
+    if not _same_base(base, recorded):
         raise IntegrityError(
             f"the base LLM {recorded['name']!r} has changed since this bridge was trained: "
             "retrain the bridge, or hand in the original base"
@@ -147,18 +151,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def fingerprint(base: torch.nn.Module) -> str:
+def _same_base(base: Any, recorded: Mapping[str, Any]) -> bool:
+    """Is `base` the LLM that was trained on, in whatever dtype? Quantised weights have bytes of their own, and
+    float16's are no other dtype's: then only the source's hash tells, which was checked before."""
+    dtype = str(base.dtype).removeprefix("torch.")
+    if dtype == recorded["dtype"] and not quantised(base):
+        return fingerprint(base) == str(recorded["fingerprint"])
+    coarse = recorded.get("fingerprint_bfloat16")  # (older fusions have none)
+    if coarse is None or quantised(base) or "float16" in (dtype, recorded["dtype"]):
+        return True
+    return fingerprint(base, torch.bfloat16) == str(coarse)
+
+
+def quantised(base: Any) -> bool:
+    """Did transformers load this LLM with quantised weights?"""
+    return getattr(base, "hf_quantizer", None) is not None or bool(getattr(base, "is_quantized", False))
+
+
+def fingerprint(base: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256 over names, shapes and up to 4,096 evenly spread elements of each of the LLM's own tensors, adapters
-    left out: cheap, and any further training of the base changes it."""
+    left out: cheap, and any further training of the base changes it. `dtype`: rounded to it first."""
     digest = hashlib.sha256()
     tensors = {
         key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if "lora_" not in key
     }
     for key in sorted(tensors):
-        value = tensors[key]
-        digest.update(f"{key}{list(value.shape)}{value.dtype}".encode())
-        flat = value.detach().reshape(-1)
+        flat = tensors[key].detach().reshape(-1)
         taken = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
+        taken = taken.to(dtype) if dtype is not None and taken.is_floating_point() else taken
+        digest.update(f"{key}{list(tensors[key].shape)}{taken.dtype}".encode())
         digest.update(taken.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

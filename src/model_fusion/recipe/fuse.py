@@ -120,11 +120,14 @@ class ValidationSpec(Strict):
 
 class FuseRecipe(Strict):
     """A fusion. `training` holds fields of `TrainSettings`; `experts` may be left out where a task brings its own.
+    `objective`: "answers" trains on the examples' answers; "align" needs none, and trains the LLM to read the expert as
+    it reads the expert's words. `bridge`: gated, or for "align" soft tokens that start as the expert's words.
     `keep_language` is the weight of a second loss that keeps the LLM talking as itself of other things."""
 
     base: str = "smollm2"
     experts: dict[str, ExpertSpec] = Field(default_factory=dict)
-    bridge: str | dict[str, Any] = "gated"
+    objective: Literal["answers", "align"] = "answers"
+    bridge: str | dict[str, Any] | None = None
     data: DataSpec
     validation: ValidationSpec | None = None
     training: dict[str, Any] = Field(default_factory=dict)
@@ -147,7 +150,7 @@ class FuseRecipe(Strict):
     @field_validator("bridge", mode="before")
     @classmethod
     def _bridge(cls, value: Any) -> Any:
-        if not isinstance(value, str | dict):
+        if not isinstance(value, str | dict):  # (None is the default only, and a default is not validated)
             raise ValueError("give a bridge's name, or a mapping with `kind` and its settings")
         return value
 
@@ -159,6 +162,8 @@ class FuseRecipe(Strict):
             raise ValueError(f"the task {self.data.task!r} brings its own expert: remove `experts`")
         if self.data.task is not None and self.validation is not None:
             raise ValueError(f"the task {self.data.task!r} brings its own validation examples: remove `validation`")
+        if self.objective == "align" and self.keep_language:
+            raise ValueError("keep_language belongs to the objective `answers`; `align` trains nothing else: remove it")
         for name in ("seed", "keep_language"):
             if name in self.training:
                 raise ValueError(f"{name} is the recipe's own key: give it once, not under `training`")

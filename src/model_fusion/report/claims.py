@@ -86,6 +86,8 @@ def _level(e: Evidence) -> Iterator[Claim]:
     own, fused = e.mean("1", e.metric["name"]), e.mean("fused", e.metric["name"])
     if own is not None and fused is not None:
         text += f"; {e.metric['label']} {fused:.{e.metric['digits']}f}, the expert's own {own:.{e.metric['digits']}f}"
+    if (recovered := e.report.get("skill_recovered")) is not None:
+        text += f"; of what the expert knows beyond the LLM told the input in words, {recovered:.3f} is recovered"
     yield Claim("The fused model answers with the expert's skill.", agreement >= AGREES, text)
 
 

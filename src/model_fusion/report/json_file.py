@@ -7,10 +7,10 @@ from typing import Any
 from model_fusion.errors import InputError
 
 
-def check(path: Path | None) -> None:
+def check(path: Path | None, flag: str = "--json") -> None:
     """Raises `InputError` where the file could not be written: to be called before long work."""
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise InputError(f"--json {path}: {'is a folder' if path.is_dir() else 'no such folder'}; name a file")
+        raise InputError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'no such folder'}; name a file")
 
 
 def write(path: Path, data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +13,18 @@ LANDMARKS = ("dotted", "dashed", "dashdot", "solid")
 FUSION, CONTROL, UNTRAINED = "#1b6ca8", "#777777", "#c05621"
 
 
+def need_matplotlib() -> None:
+    """Raise MissingDependencyError where no page can be drawn: to be called before long work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError("an HTML page needs matplotlib: pip install 'model-fusion[report]'")
+
+
 def svg(draw: Callable[[Any], None], width: float, height: float) -> str:
     """What `draw(figure)` draws, as an <svg> element of `width` x `height` inches."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("an HTML page needs matplotlib: pip install 'model-fusion[report]'") from None
+    need_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     out = io.StringIO()
     # A fixed salt and no date: the same numbers give the same page.
     with rc_context({"svg.hashsalt": "model-fusion", "font.size": 9}):

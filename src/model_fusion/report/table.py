@@ -14,6 +14,8 @@ from model_fusion.report.claims import Claim
 def print_audit(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table, what was skipped, and the claims."""
     console = console or Console()
+    if not console.is_terminal:  # a file or a pipe has no width: rich would take 80 columns
+        console = Console(file=console.file, width=170)
     console.print(audit_table(report))
     for skipped in report["skipped"]:
         console.print(f"{skipped['control']:>5}  {skipped['name']}: not applicable, {skipped['why']}", style="dim")

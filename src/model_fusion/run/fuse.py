@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from model_fusion.errors import InputError, IntegrityError
 from model_fusion.fuse import saving
+from model_fusion.fuse.align import train_by
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.precision import fastest_dtype
 from model_fusion.recipe import fuse as recipes
@@ -124,20 +125,18 @@ def _read(recipe: str | Path | Mapping[str, Any] | FuseRecipe) -> FuseRecipe:
 
 
 def _training(plan: Plan) -> dict[str, Any]:
-    """What `fit` is told beside the examples."""
-    return {**dataclasses.asdict(plan.settings), "keep_language": plan.recipe.keep_language}
+    """What training is told beside the examples, and its objective; an audit trains again in the same way."""
+    settings = dataclasses.asdict(plan.settings)
+    if plan.recipe.objective == "align":
+        own = () if plan.task else (example.prompt for example in plan.train if example.prompt)
+        return {**settings, "objective": "align", "prompts": list(dict.fromkeys(own))}
+    return {**settings, "keep_language": plan.recipe.keep_language}
 
 
 def _train(fused: FusedModel, plan: Plan, state: Path, progress: bool) -> History:
+    common: dict[str, Any] = {"resume": state, "keep": True, "progress": progress}
     try:
-        return fused.fit(
-            plan.train,
-            validation=plan.validation,
-            resume=state,
-            keep=True,
-            progress=progress,
-            **_training(plan),
-        )
+        return train_by(fused, plan.train, plan.validation, _training(plan), **common)
     except KeyboardInterrupt:
         print("the training so far is kept; continue it with --resume", file=sys.stderr)
         raise

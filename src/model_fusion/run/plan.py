@@ -14,11 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from model_fusion.checkpoint.llm import LLMSource, load_tokenizer, resolve_llm
 from model_fusion.errors import InputError, ModelFusionError
-from model_fusion.fuse.bridges import Bridge, BridgeConfig, LLMShape, bridge_config
+from model_fusion.fuse.align import TRAINING as ALIGN
+from model_fusion.fuse.align import asks
+from model_fusion.fuse.bridges import Bridge, BridgeConfig, Gated, LLMShape, Logit, Prefix, Tool, bridge_config
 from model_fusion.fuse.data import read_examples
 from model_fusion.fuse.experts import Expert
-from model_fusion.fuse.fit import ExampleLike, held_out
-from model_fusion.fuse.placeholders import reserve_ids
+from model_fusion.fuse.fit import Example, ExampleLike, held_out
+from model_fusion.fuse.placeholders import check_names, placeholder, reserve_ids
 from model_fusion.fuse.processor import FusedProcessor
 from model_fusion.recipe.fuse import FuseRecipe
 from model_fusion.recipe.reading import nearest
@@ -42,14 +44,46 @@ class Plan:
 
 def make_plan(recipe: FuseRecipe, *, given: Mapping[str, Any] | None = None) -> Plan:
     """Load and check what `recipe` names, the cheap things first. Raises InputError or IntegrityError."""
-    bridge = bridge_config(recipe.bridge)
-    settings = training_settings(recipe, bridge)
+    check_names(recipe.experts)
+    named = None if recipe.bridge is None else bridge_config(recipe.bridge)
+    settings = training_settings(recipe, named or Gated())
     base = resolve_llm(recipe.base)
     experts, train, validation, task = _from_task(recipe) if recipe.data.task else _from_files(recipe, given)
+    bridge = named or default_bridge(recipe.objective, experts)
+    if recipe.objective == "align" and isinstance(bridge, Logit | Tool):
+        raise InputError(f"objective: the {bridge.kind} bridge has nothing to align; take prefix or lora")
     if len(train) < 2:
         raise InputError(f"{recipe.data.file or recipe.data.task}: {len(train)} training examples; give at least 2")
-    check_prompts(base, experts, bridge, {"training data": train, "validation data": validation})
+    groups = {"training data": train, "validation data": validation}
+    if recipe.objective == "align":
+        groups = {where: to_align(where, examples, experts) for where, examples in groups.items()}
+    check_prompts(base, experts, bridge, groups)
     return Plan(recipe, base, experts, bridge, settings, train, validation, task)
+
+
+def default_bridge(objective: str, experts: Mapping[str, Expert]) -> BridgeConfig:
+    """`gated`; to align, one soft token that is one of as many codes as the experts have classes, or four free ones
+    where an expert says a value."""
+    if objective == "answers":
+        return Gated()
+    counts = [len(getattr(expert, "classes", None) or ()) for expert in experts.values()]
+    return Prefix(tokens=1, codes=max(16, *counts)) if all(counts) else Prefix()
+
+
+def to_align(where: str, examples: Sequence[ExampleLike], experts: Mapping[str, Expert]) -> list[ExampleLike]:
+    """What aligning will read of `examples`, as prompts that can be checked. Raises InputError."""
+    found: list[ExampleLike] = []
+    for number, example in enumerate(examples, 1):
+        if example.prompt:
+            try:
+                asks(example.prompt, tuple(experts))
+            except InputError as error:
+                raise InputError(f"{where}: example {number}: {error}") from None
+        found += [Example(example.prompt or placeholder(name), {name: x}, "") for name, x in example.inputs.items()]
+    for name in experts:
+        if not any(name in example.inputs for example in examples):
+            raise InputError(f"{where}: no row has an input for expert {name!r}")
+    return found
 
 
 def training_settings(recipe: FuseRecipe, bridge: BridgeConfig) -> TrainSettings:
@@ -58,8 +92,9 @@ def training_settings(recipe: FuseRecipe, bridge: BridgeConfig) -> TrainSettings
     for name in recipe.training:
         if name not in known:
             raise InputError(f"training: unknown key {name!r}; {nearest(name, known)}")
+    defaults = ALIGN if recipe.objective == "align" else bridge.training
     try:
-        return TypeAdapter(TrainSettings).validate_python({**bridge.training, **recipe.training, "seed": recipe.seed})
+        return TypeAdapter(TrainSettings).validate_python({**defaults, **recipe.training, "seed": recipe.seed})
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"training.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -88,9 +123,11 @@ def _from_files(
     schemas = {name: expert.inputs for name, expert in experts.items()}
     file, held = recipe.data.file, recipe.validation
     assert file is not None
-    examples: list[ExampleLike] = list(read_examples(file, schemas, prompt=recipe.data.prompt))
+    labelled = recipe.objective == "answers"
+    options: dict[str, Any] = {"prompt": recipe.data.prompt, "answers": labelled, "prompts": labelled}
+    examples: list[ExampleLike] = list(read_examples(file, schemas, **options))
     if held is not None and held.file is not None:
-        return experts, examples, list(read_examples(held.file, schemas, prompt=recipe.data.prompt)), None
+        return experts, examples, list(read_examples(held.file, schemas, **options)), None
     if len(examples) < 3:
         raise InputError(f"{file}: {len(examples)} examples; give at least 3, or a validation file beside them")
     share = 0.2 if held is None else held.share
@@ -109,6 +146,7 @@ def check_prompts(
     and a prompt with answer that is longer than the LLM's context.
     """
     config, tokenizer = load_tokenizer(base)
+    check_names(experts, tokenizer)
     text = config.get_text_config(decoder=True)
     shape = LLMShape(text.hidden_size, text.num_hidden_layers, 1.0, torch.zeros(text.hidden_size))
     with torch.random.fork_rng(devices=[]):

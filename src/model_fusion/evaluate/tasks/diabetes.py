@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from model_fusion.evaluate.tasks.base import Metric, Task
+from model_fusion.evaluate.tasks.reading import number
 from model_fusion.fuse.experts import Expert, Field, InputSchema, ValueDecision
 from model_fusion.fuse.fit import Example
 
@@ -28,12 +28,6 @@ PARAPHRASES = (
     "Progression? <|patient|>",
 )
 SPLIT_SEED = 20261121
-
-
-def parse(text: str) -> float | None:
-    """The number if exactly one is in the answer, else None."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", text)
-    return float(found[0]) if len(found) == 1 else None
 
 
 def predictions(expert: Expert, items: Sequence[Any]) -> np.ndarray[Any, Any]:
@@ -76,7 +70,7 @@ def diabetes_task(expert: Expert | None = None, *, seed: int = 0, labels: int = 
 
     def score(items: Sequence[Any], texts: Sequence[str]) -> dict[str, float]:
         values = predictions(chosen, items)
-        read = [parse(text) for text in texts]
+        read = [number(text) for text in texts]
         mean = float(y[taught].mean())  # an answer without one number counts as the constant guess
         numbers = np.array([mean if value is None else value for value in read])
         right = np.array([truth[tuple(item)] for item in items])
@@ -102,7 +96,7 @@ def diabetes_task(expert: Expert | None = None, *, seed: int = 0, labels: int = 
             for p, v in zip(patients, predictions(chosen, patients), strict=True)
         ),
         all_inputs=tuple(patients),
-        parse=parse,
+        parse=number,
         score=score,
         in_words=lambda item: ", ".join(f"{name} {value:.3f}" for name, value in zip(COLUMNS, item, strict=True)),
         metric=Metric("error", "mean absolute error", higher_is_better=False, digits=2),

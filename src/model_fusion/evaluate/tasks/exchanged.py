@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from model_fusion.errors import InputError
-from model_fusion.fuse.experts.base import ClassDecision, Expert
+from model_fusion.fuse.experts.base import ClassDecision, Expert, ValueDecision
 
 SURE = 3.0
 """A rule's logit for the class it names, against 0 for the others: decisive, yet inside a trained expert's range."""
@@ -26,6 +26,17 @@ def permuted(expert: Expert, order: Sequence[int]) -> Expert:
         return found.log_probs[:, list(order)]
 
     return Expert.from_callable(log_probs, expert.inputs, output="logits", classes=decision)
+
+
+def mirrored(expert: Expert, low: float, high: float) -> Expert:
+    """The same regressor with its values turned over: `low` where it said `high`, and the other way round."""
+
+    def values(items: list[Any]) -> Any:
+        found = expert.decide(items)
+        assert isinstance(found, ValueDecision)
+        return low + high - found.value
+
+    return Expert.from_callable(values, expert.inputs, output="value")
 
 
 def rule(expert: Expert, choose: Callable[[Any], str]) -> Expert:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model_fusion.errors import InputError
 from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, Signal, flat, resolve_layer
 from model_fusion.fuse.bridges.prefix import SoftTokens
+from model_fusion.fuse.by_name import ByName
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class CrossAttentionBridge(Bridge):
         self.at = tuple(sorted({resolve_layer(layer, base.layers) for layer in config.layers}))
         self.frozen_below = self.at[0]
         unit = LLMShape(base.hidden, base.layers, 1.0, base.embedding_mean)
-        self.soft = nn.ModuleDict(
+        self.soft = ByName(
             {name: SoftTokens(t * d, config.tokens, config.width, unit) for name, (t, d) in experts.items()}
         )
         self.attend = nn.ModuleDict(

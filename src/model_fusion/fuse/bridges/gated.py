@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model_fusion.errors import InputError
 from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, Entry, LLMShape, Signal, flat, resolve_layer
+from model_fusion.fuse.by_name import ByName
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class GatedBridge(Bridge):
         self.frozen_below = self.at[0]
         self.gates = nn.ModuleDict(
             {
-                f"{layer}": nn.ModuleDict(
+                f"{layer}": ByName(
                     {name: Gate(t * d, config.width, base.hidden, config.gate_bias) for name, (t, d) in experts.items()}
                 )
                 for layer in self.at

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model_fusion.errors import InputError, IntegrityError, MissingDependencyError
 from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, LLMShape, Signal, flat
 from model_fusion.fuse.bridges.prefix import SoftTokens
+from model_fusion.fuse.by_name import ByName
 
 ATTENTION = re.compile(r"(?:^|\.)(q_proj|k_proj|v_proj|o_proj|c_attn|qkv_proj|query_key_value)$")
 
@@ -54,7 +55,7 @@ class LoraBridge(Bridge):
         self.adapter = ""
         self._acts: Tensor | None = None
         self.takes_space = config.codes > 0
-        self.soft = nn.ModuleDict(
+        self.soft = ByName(
             {
                 name: SoftTokens(t * d, config.tokens, config.width, base, config.codes)
                 for name, (t, d) in experts.items()

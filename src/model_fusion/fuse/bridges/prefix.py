@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model_fusion.errors import InputError
 from model_fusion.fuse.bridges.base import Bridge, BridgeConfig, Entry, LLMShape, flat
+from model_fusion.fuse.by_name import ByName
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class PrefixBridge(Bridge):
         super().__init__(base, experts)
         self.tokens = config.tokens
         self.takes_space = config.codes > 0
-        self.soft = nn.ModuleDict(
+        self.soft = ByName(
             {
                 name: SoftTokens(t * d, config.tokens, config.width, base, config.codes)
                 for name, (t, d) in experts.items()

@@ -115,6 +115,11 @@ class InputSchema:
             raise InputError(f"expected {len(self.fields)} values ({self}), got {item!r}")
         return self._item([field.check(value) for field, value in zip(self.fields, item, strict=True)])
 
+    def words(self, item: Any) -> str:
+        """A checked item told in words, every value with its field's name: "pressure 8.5, heat 9, leaking no"."""
+        values = [item] if len(self.fields) == 1 else item
+        return ", ".join(f"{f.name} {_said(value)}" for f, value in zip(self.fields, values, strict=True))
+
     def _item(self, values: list[Any]) -> Any:
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -150,6 +155,17 @@ class InputSchema:
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} ({f.type}{' ' + str(list(f.shape)) if f.shape else ''})" for f in self.fields)
+
+
+def _said(value: Any) -> str:
+    """One value in words: numbers of an array row by row."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if getattr(value, "ndim", 0) > 1:
+        return "; ".join(_said(row) for row in value)
+    return " ".join(f"{number:g}" for number in value) if hasattr(value, "__len__") else f"{value:g}"
 
 
 def _range(low: float | None, high: float | None) -> str:
