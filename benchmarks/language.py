@@ -5,13 +5,13 @@
                                   [--journal FILE] [--json FILE]
 
 identical: logits without an expert, frozen base, are the plain LLM's bit for bit. perplexity: 100 kB of ordinary text
-(docstrings of the Python standard library) with the bridge on and off, and as the answer to a prompt with the expert's
-placeholder (without one no bridge acts), against the plain LLM told the expert's words there. kl: 50 unrelated prompts
-with the expert present, mean KL to the text oracle in nats a token (bar 0.1), and what is said next. speed: CPU seconds a
-generated token, plain and fused alternately in this run (bar 1.05). paraphrase: agreement with the expert on the test states
-after 10 prompts never trained on (bar 0.9). `--keep-language` is the weight of the KL loss in training; `--phrasings`
-is how many of the committed training phrasings the examples are spread over. With `--journal`, finished parts are
-kept.
+(docstrings of the Python standard library) with the bridge on and off, and as the answer to a prompt with the
+expert's placeholder (without one no bridge acts), against the plain LLM told the expert's words there. kl: 50
+unrelated prompts with the expert present, mean KL to the text oracle in nats a token (bar 0.1), and what is said
+next. speed: CPU seconds a generated token, plain and fused alternately in this run (bar 1.05). paraphrase: agreement
+with the expert on the test states after 10 prompts never trained on (bar 0.9). `--keep-language` is the weight of the
+KL loss in training; `--phrasings` is how many of the committed training phrasings the examples are spread over. With
+`--journal`, finished parts are kept.
 """
 
 from __future__ import annotations
