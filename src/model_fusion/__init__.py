@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from model_fusion.evaluate.safety.repair import repair as repair_safety
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
-    from model_fusion.fuse.experts import Expert, Field, InputSchema
+    from model_fusion.fuse.experts import Expert, Field, Given, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
     from model_fusion.merge.calibration import (
@@ -63,7 +63,7 @@ _HOMES = {
     "exclusive": "model_fusion.dynamic.parts",
     "twin": "model_fusion.run.twin",
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
-    **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
+    **dict.fromkeys(("Expert", "Field", "Given", "InputSchema"), "model_fusion.fuse.experts"),
 }
 
 
@@ -89,6 +89,7 @@ __all__ = [
     "FusedModel",
     "FusedRegressor",
     "Gated",
+    "Given",
     "InputError",
     "InputSchema",
     "IntegrityError",
