@@ -5,12 +5,13 @@
                                   [--journal FILE] [--json FILE]
 
 identical: logits without an expert, frozen base, are the plain LLM's bit for bit. perplexity: 100 kB of ordinary text
-(docstrings of the Python standard library) with the bridge on and off. kl: 50 unrelated prompts with the expert
-present, mean KL to the text oracle in nats a token (bar 0.1), and what is said next. speed: CPU seconds a generated
-token, plain and fused alternately in this run (bar 1.05). paraphrase: agreement with the expert on the test states
-after 10 prompts never trained on (bar 0.9). `--keep-language` is the weight of the KL loss in training; `--phrasings`
-is how many of the committed training phrasings the examples are spread over. With `--journal`, finished parts are
-kept.
+(docstrings of the Python standard library) with the bridge on and off, and as the answer to a prompt with the
+expert's placeholder (without one no bridge acts), against the plain LLM told the expert's words there. kl: 50
+unrelated prompts with the expert present, mean KL to the text oracle in nats a token (bar 0.1), and what is said
+next. speed: CPU seconds a generated token, plain and fused alternately in this run (bar 1.05). paraphrase: agreement
+with the expert on the test states after 10 prompts never trained on (bar 0.9). `--keep-language` is the weight of the
+KL loss in training; `--phrasings` is how many of the committed training phrasings the examples are spread over. With
+`--journal`, finished parts are kept.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from model_fusion.evaluate.language import (
     kl_by_prompt,
     next_turns,
     perplexity,
+    perplexity_beside,
 )
 from model_fusion.evaluate.tasks.base import Task
 from model_fusion.evaluate.tasks.blackjack import PROMPT, blackjack_task
@@ -101,7 +103,17 @@ def perplexities(fused: FusedModel, task: Task, a: argparse.Namespace) -> dict[s
     on = perplexity(fused, fused.tokenizer, text)
     with fused.bridge_off():
         off = perplexity(fused, fused.tokenizer, text)
-    return {"characters": len(text), "on": on, "off": off, "change": on / off - 1}
+    prompt = beside(UNRELATED_PROMPTS[:1], "table")[0]
+    read, told = perplexity_beside(fused, prompt, task.test[0].inputs, text)
+    return {
+        "characters": len(text),
+        "on": on,
+        "off": off,
+        "change": on / off - 1,
+        "beside_expert": read,
+        "told_instead": told,
+        "change_beside_expert": read / told - 1,
+    }
 
 
 def divergence(fused: FusedModel, task: Task, a: argparse.Namespace) -> dict[str, Any]:

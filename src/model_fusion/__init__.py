@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from model_fusion.evaluate.safety.repair import repair as repair_safety
     from model_fusion.fuse.bridges import CrossAttention, Gated, Logit, Lora, Prefix, Tool
     from model_fusion.fuse.estimator import FusedClassifier, FusedRegressor
-    from model_fusion.fuse.experts import Expert, Field, InputSchema
+    from model_fusion.fuse.experts import Expert, Field, Given, InputSchema
     from model_fusion.fuse.fit import Example
     from model_fusion.fuse.model import FusedModel
     from model_fusion.merge.calibration import (
@@ -65,7 +65,7 @@ _HOMES = {
     "twin": "model_fusion.run.twin",
     **dict.fromkeys(("unmask", "write_masks"), "model_fusion.run.masks"),
     **dict.fromkeys(("CrossAttention", "Gated", "Logit", "Lora", "Prefix", "Tool"), "model_fusion.fuse.bridges"),
-    **dict.fromkeys(("Expert", "Field", "InputSchema"), "model_fusion.fuse.experts"),
+    **dict.fromkeys(("Expert", "Field", "Given", "InputSchema"), "model_fusion.fuse.experts"),
 }
 
 
@@ -91,6 +91,7 @@ __all__ = [
     "FusedModel",
     "FusedRegressor",
     "Gated",
+    "Given",
     "InputError",
     "InputSchema",
     "IntegrityError",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import fused_fixtures as fx
 from model_fusion.evaluate import language
 from model_fusion.evaluate.language import (
     ORDINARY_TEXT,
@@ -53,6 +54,22 @@ def test_perplexity_is_exp_of_the_models_own_loss(fused: FusedModel) -> None:
         loss = float(fused.base(input_ids=ids, labels=ids).loss)
     assert perplexity(fused, fused.tokenizer, text) == pytest.approx(math.exp(loss), rel=1e-4)
     assert perplexity(fused, fused.tokenizer, text[::-1]) > 2 * perplexity(fused, fused.tokenizer, text)
+
+
+def test_perplexity_beside_the_tools_words_is_the_oracles() -> None:
+    fused = fx.fused("llama", "tool")
+    prompt, given, text = "the table says <|sign|> now", {"sign": 0.4}, fx.TEXT
+    beside_it, told = language.perplexity_beside(fused, prompt, given, text, window=7)
+    assert beside_it == pytest.approx(told, rel=1e-5)
+    # By hand, in one window: the mean over all tokens of what each costs after the told prompt.
+    ids = fused.tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = fused.tokenizer("the table says yes now\n", add_special_tokens=False)["input_ids"]
+    logits = fx.plain("llama")(torch.tensor([[*start, *ids]])).logits[0, len(start) - 1 : -1]
+    cost = torch.nn.functional.cross_entropy(logits, torch.tensor(ids)).exp().detach()
+    assert language.perplexity_beside(fused, prompt, given, text)[1] == pytest.approx(float(cost), rel=1e-4)
+    # The check is red where a bridge acts.
+    gated = language.perplexity_beside(fx.fused("llama", "gated"), prompt, given, text, window=7)
+    assert gated[0] != pytest.approx(gated[1], rel=1e-3)
 
 
 def test_the_tool_bridge_is_the_oracle_so_its_divergence_is_zero(fused: FusedModel) -> None:

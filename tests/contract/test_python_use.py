@@ -12,7 +12,7 @@ from model_fusion.errors import InputError, IntegrityError
 from model_fusion.fuse import saving
 from model_fusion.fuse.bridges import Gated, Lora, Prefix
 from model_fusion.fuse.experts import Expert
-from model_fusion.fuse.fit import Example
+from model_fusion.fuse.fit import Example, held_out
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import check_names
 
@@ -159,3 +159,29 @@ def test_a_base_handed_in_must_be_handed_in_again(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path / "out")
     with pytest.raises(InputError, match="hand it in again"):
         FusedModel.from_pretrained(tmp_path / "out", given={"sign": chances})
+
+
+def test_the_expert_reads_every_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, read = build(), list[float]()
+    expert = fused.experts["sign"]
+    encode = type(expert).encode
+    monkeypatch.setattr(type(expert), "encode", lambda self, items: (read.extend(items), encode(self, items))[1])
+    rows = examples(count=10)
+    inputs = sorted(e.inputs["sign"] for e in rows)
+    fused.fit(rows, **SMALL)
+    assert sorted(read) == inputs
+    # Normalised over the training rows alone: with those that validate the mean is another.
+    trained = [e.inputs["sign"] for e in held_out(rows, 0)[0]]
+    means = [encode(expert, items).values.double().mean(dim=(0, 1)).float() for items in (trained, inputs)]
+    assert torch.allclose(fused.normalisers["sign"].mean, means[0])
+    assert not torch.allclose(fused.normalisers["sign"].mean, means[1])
+    # Keeping the language and aligning read one item more, for all their prompts.
+    fused.add_bridge("soft", Prefix(tokens=1, width=16))
+    for train in (
+        lambda: fused.fit(rows, keep_language=0.5, **SMALL),
+        lambda: fused.align([e.inputs["sign"] for e in rows], steps=1, batch_size=4, validate_every=1, progress=False),
+    ):
+        read.clear()
+        train()
+        assert sorted(set(read)) == inputs
+        assert sum(read.count(x) > 1 for x in inputs) <= 2

@@ -68,6 +68,16 @@ def test_document_runs_as_written(document: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_the_readmes_first_example_says_what_it_promises(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    kind, _, code = next(block for block in blocks(text) if block[0] == "python")
+    promised = re.findall(r"print\(.*\)  # (.*)\n", code)
+    assert promised
+    done = run(f"```{kind}\n{code}```\n```output\n{chr(10).join(promised)}\n```\n", tmp_path / "room")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,23 @@ def test_arrays_have_a_shape_and_finite_numbers() -> None:
         PICTURE.check(np.full((2, 3), np.nan))
     with pytest.raises(InputError, match="given as JSON"):
         PICTURE.parse(["1"])
+
+
+def test_an_array_comes_from_a_file(tmp_path: Path) -> None:
+    file, wrong, text, code = (tmp_path / f"{name}.npy" for name in ("a", "wrong", "text", "code"))
+    np.save(file, np.arange(6).reshape(2, 3))
+    np.save(wrong, np.zeros(6))
+    text.write_text("no array")
+    np.save(code, np.array([[{}, 1, 2]] * 2), allow_pickle=True)
+    assert PICTURE.parse([str(file)]).tolist() == [[0, 1, 2], [3, 4, 5]]
+    for given, message in (
+        (wrong, r"expected shape \[2, 3\], got \[6\]"),
+        (text, "cannot be read as an array"),
+        (code, "cannot be read as an array"),  # objects would be unpickled, which runs code
+        (tmp_path / "none.npy", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PICTURE.parse([str(given)])
 
 
 def test_json_roundtrip() -> None:

@@ -56,6 +56,30 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> f
     return float(torch.tensor(total / count).exp())
 
 
+@torch.no_grad()
+def perplexity_beside(
+    fused: FusedModel, prompt: str | Messages, inputs: Inputs, text: str, *, window: int = 512
+) -> tuple[float, float]:
+    """(of the fused model, of the text oracle): perplexity of `text`, read in windows, each as the answer to `prompt`,
+    which names an expert. Without a placeholder an adapter or a gate does not act at all; here it does."""
+    ids = fused.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
+    if not ids:
+        raise InputError("perplexity needs a text")
+    (told,) = oracle_prompts(fused, [prompt], [inputs])
+
+    def of(asked: str | Messages, given: Sequence[Inputs] | None) -> float:
+        total = sum(
+            float(next_token_log_probs(fused, [asked], given, [piece])[0].gather(1, torch.tensor(piece)[:, None]).sum())
+            for piece in pieces
+        )
+        return float(torch.tensor(-total / len(ids)).exp())
+
+    beside = of(prompt, [inputs])
+    with fused.bridge_off():
+        return beside, of(told, None)
+
+
 def oracle_prompts(
     fused: FusedModel, prompts: Sequence[str | Messages], inputs: Sequence[Inputs]
 ) -> list[str | Messages]:

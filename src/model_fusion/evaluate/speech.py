@@ -15,6 +15,7 @@ from model_fusion.evaluate.language import (
     kl_by_prompt,
     next_turns,
     perplexity,
+    perplexity_beside,
 )
 from model_fusion.evaluate.trials import Trials
 from model_fusion.fuse.bridges.gated import GatedBridge
@@ -25,7 +26,8 @@ SAMPLES = 6
 
 def measure(trials: Trials) -> dict[str, Any]:
     """Divergence from the text oracle over the unrelated prompts with the expert present, perplexity with the
-    bridge on and off, bit-identity without an expert, samples of next turns, gate values token by token."""
+    bridge on and off and after a prompt with the expert, bit-identity without an expert, samples of next
+    turns, gate values token by token."""
     start, busy, fused = time.perf_counter(), time.process_time(), trials.fused
     prompts = beside(UNRELATED_PROMPTS, trials.name)
     test = [trials.questions[i].inputs[trials.name] for i in trials.test]
@@ -34,6 +36,7 @@ def measure(trials: Trials) -> dict[str, Any]:
     on = perplexity(fused, fused.tokenizer, ORDINARY_TEXT)
     with fused.bridge_off():
         off = perplexity(fused, fused.tokenizer, ORDINARY_TEXT)
+    beside_expert, told = perplexity_beside(fused, prompts[0], inputs[0], ORDINARY_TEXT)
     step = len(prompts) // SAMPLES
     example = trials.questions[trials.test[0]]
     answer = trials.ask(fused, [example])[0]
@@ -41,7 +44,13 @@ def measure(trials: Trials) -> dict[str, Any]:
         "prompts": len(prompts),
         "kl_mean": float(torch.cat(by_prompt).mean()),
         "kl_by_prompt": [float(row.mean()) for row in by_prompt],
-        "perplexity": {"bridge_on": on, "bridge_off": off, "bytes": len(ORDINARY_TEXT.encode())},
+        "perplexity": {
+            "bridge_on": on,
+            "bridge_off": off,
+            "beside_expert": beside_expert,
+            "told_instead": told,
+            "bytes": len(ORDINARY_TEXT.encode()),
+        },
         "identical_without_expert": identical_without_expert(fused, UNRELATED_PROMPTS[:8]),
         "samples": next_turns(fused, trials.task.prompt, UNRELATED_PROMPTS[::step][:SAMPLES], inputs[::step][:SAMPLES]),
         "gates": {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model_fusion.errors import InputError
-from model_fusion.fuse.fit import ExampleLike, fingerprint, held_out, training_settings
+from model_fusion.fuse.fit import ExampleLike, fingerprint, fit_normalisers, held_out, training_settings
 from model_fusion.fuse.model import FusedModel
 from model_fusion.fuse.placeholders import placeholder
 from model_fusion.fuse.processor import Encoded, Occurrence, check_features
@@ -77,11 +77,10 @@ def align(
     begun, chosen = time.monotonic(), training_settings({**TRAINING, **settings})
     if not validation:
         items, validation = held_out(items, chosen.seed)
-    if fit_normaliser:
-        for name, expert in fused.experts.items():
-            fused.normalisers[name].fit(expert.encode(given(fused, items)[name]))  # type: ignore[operator]
-    torch.manual_seed(chosen.seed)
     shown, unseen = read(fused, items), read(fused, validation)
+    if fit_normaliser:
+        fit_normalisers(fused, [Encoded([], 0, [item.occurrence]) for item in shown])
+    torch.manual_seed(chosen.seed)
     if start_at_words:
         spell(fused, shown)
     asked, held_back = held_out([*generic_prompts(tuple(fused.experts)), *prompts], chosen.seed)
@@ -159,17 +158,25 @@ def given(fused: FusedModel, items: Sequence[Any]) -> dict[str, list[Any]]:
 
 def read(fused: FusedModel, items: Sequence[Any]) -> list[Item]:
     """Features and words of `items`, each expert asked once."""
-    out = []
-    for name, inputs in given(fused, items).items():
-        expert, number = fused.experts[name], tuple(fused.experts).index(name)
-        features = check_features(name, expert, expert.encode(inputs))
-        out += [
-            Item(name, one, Occurrence(number, values, mask), words)
-            for one, values, mask, words in zip(
-                inputs, features.values, features.mask, expert.describe(inputs), strict=True
-            )
-        ]
-    return out
+    found = {}
+    inputs = given(fused, items)
+    for number, (name, expert) in enumerate(fused.experts.items()):
+        features = check_features(name, expert, expert.encode(inputs[name]))
+        pairs = zip(features.values, features.mask, strict=True)
+        found[name] = [Occurrence(number, values, mask) for values, mask in pairs]
+    return described(fused, inputs, found)
+
+
+def described(
+    fused: FusedModel, inputs: Mapping[str, Sequence[Any]], found: Mapping[str, Sequence[Occurrence]]
+) -> list[Item]:
+    """Each expert's `inputs`, `found` as features, with what the expert says of them."""
+    return [
+        Item(name, one, occurrence, words)
+        for name, mine in inputs.items()
+        if mine
+        for one, occurrence, words in zip(mine, found[name], fused.experts[name].describe(mine), strict=True)
+    ]
 
 
 def spell(fused: FusedModel, items: Sequence[Item], *, steps: int = 400, learning_rate: float = 3e-3) -> float:

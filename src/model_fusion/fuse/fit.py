@@ -17,7 +17,7 @@ from model_fusion.errors import InputError
 from model_fusion.fuse.bridges.base import BridgeConfig
 from model_fusion.fuse.experts.base import Features
 from model_fusion.fuse.model import FusedModel
-from model_fusion.fuse.processor import Encoded, check_features
+from model_fusion.fuse.processor import Encoded, Occurrence
 from model_fusion.fuse.shortcut import Shortcut
 from model_fusion.training.loop import History, Measure, TrainSettings, train
 
@@ -75,11 +75,12 @@ def fit(
     shown, unseen = checked_examples(examples, "example"), checked_examples(validation, "validation example")
     if not unseen:
         shown, unseen = held_out(shown, chosen.seed)
-    if fit_normaliser:
-        fit_normalisers(fused, shown)
     if keep_language < 0:
         raise InputError(f"keep_language is a weight of at least 0, got {keep_language}")
-    answers = AnswerStep(fused, encode(fused, shown))
+    rows = encode(fused, shown)  # the only time that the experts read the training inputs
+    if fit_normaliser:
+        fit_normalisers(fused, rows)
+    answers = AnswerStep(fused, rows)
     step: nn.Module = _with_language(fused, answers, shown, keep_language) if keep_language else answers
     held = AnswerStep(fused, encode(fused, unseen), shortcut=None)
     torch.manual_seed(chosen.seed)
@@ -171,31 +172,40 @@ def encode(fused: FusedModel, examples: Sequence[ExampleLike]) -> list[Encoded]:
 
 
 def expert_items(fused: FusedModel, examples: Sequence[ExampleLike]) -> dict[str, list[Any]]:
-    """For each expert its inputs over `examples`, in order. Raises InputError where one has none."""
+    """For each expert its inputs over `examples`, in order."""
     found: dict[str, list[Any]] = {name: [] for name in fused.experts}
     for example in examples:
         for name in fused.experts:
             if name in example.inputs:
                 several = example.prompt.count(f"<|{name}|>") > 1
                 found[name] += list(example.inputs[name]) if several else [example.inputs[name]]
-    for name, items in found.items():
-        if not items:
-            raise InputError(f"no training example has an input for expert {name!r}")
     return found
 
 
-def fit_normalisers(fused: FusedModel, examples: Sequence[ExampleLike]) -> None:
-    """Fit each expert's normaliser on its features over `examples`."""
-    for name, items in expert_items(fused, examples).items():
-        features: Features = check_features(name, fused.experts[name], fused.experts[name].encode(items))
+def fit_normalisers(fused: FusedModel, rows: Sequence[Encoded]) -> None:
+    """Fit each expert's normaliser on its features in `rows`. Raises InputError where one has none."""
+    for name, found in occurrences(fused, rows).items():
+        if not found:
+            raise InputError(f"no training example has an input for expert {name!r}")
+        features = Features(torch.stack([o.values for o in found]), torch.stack([o.mask for o in found]))
         fused.normalisers[name].fit(features)  # type: ignore[operator]
 
 
+def occurrences(fused: FusedModel, rows: Sequence[Encoded]) -> dict[str, list[Occurrence]]:
+    """For each expert its occurrences in `rows`, in order: those of `expert_items`, read."""
+    found: dict[str, list[Occurrence]] = {name: [] for name in fused.experts}
+    names = tuple(fused.experts)
+    for row in rows:
+        for occurrence in row.occurrences:
+            found[names[occurrence.expert]].append(occurrence)
+    return found
+
+
 def _with_language(fused: FusedModel, answers: AnswerStep, examples: Sequence[ExampleLike], weight: float) -> nn.Module:
-    from model_fusion.fuse.align import ROWS_A_PROMPT, AlignStep, generic_prompts, read
+    from model_fusion.fuse.align import ROWS_A_PROMPT, AlignStep, described, generic_prompts
     from model_fusion.fuse.teacher import Teacher
 
-    items = read(fused, [{name: item} for name, mine in expert_items(fused, examples).items() for item in mine])
+    items = described(fused, expert_items(fused, examples), occurrences(fused, answers.rows))
     language = AlignStep(fused, Teacher(fused), generic_prompts(tuple(fused.experts)), items)
 
     class Both(nn.Module):
@@ -216,7 +226,7 @@ def _with_language(fused: FusedModel, answers: AnswerStep, examples: Sequence[Ex
 def collator(fused: FusedModel, examples: Sequence[Any]) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """Fit the normalisers on `examples`, and return what turns rows like them into a training batch with labels: the
     `data_collator` of transformers' Trainer or TRL's (with remove_unused_columns=False). Raises InputError."""
-    fit_normalisers(fused, checked_examples(examples, "example"))
+    fit_normalisers(fused, encode(fused, checked_examples(examples, "example")))
 
     def collate(rows: Sequence[Any]) -> dict[str, Tensor]:
         return fused.processor.collate(encode(fused, checked_examples(rows, "row")), labels=True)

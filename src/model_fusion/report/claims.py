@@ -123,6 +123,12 @@ def _exchange(e: Evidence) -> Iterator[Claim]:
 def _language(e: Evidence) -> Iterator[Claim]:
     speech = e.report["speech"]
     kl, perplexity = speech["kl_mean"], speech["perplexity"]
+    beside = ""
+    if "beside_expert" in perplexity:
+        beside = (
+            f"; perplexity of prose after a prompt with the expert {perplexity['beside_expert']:.3f}, "
+            f"told its words instead {perplexity['told_instead']:.3f}"
+        )
     ratio = perplexity["bridge_on"] / perplexity["bridge_off"]
     yield Claim(
         "Without the expert in the prompt the LLM is what it was.",
@@ -133,7 +139,8 @@ def _language(e: Evidence) -> Iterator[Claim]:
     yield Claim(
         "With the expert present, unrelated questions are answered as before.",
         kl <= KL_BAR,
-        f"mean KL to the text oracle over {speech['prompts']} prompts {kl:.3f} nats a token, the bar is {KL_BAR}",
+        f"mean KL to the text oracle over {speech['prompts']} prompts {kl:.3f} nats a token, "
+        f"the bar is {KL_BAR}{beside}",
     )
 
 

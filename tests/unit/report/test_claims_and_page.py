@@ -69,7 +69,8 @@ def report() -> dict[str, Any]:
         "skipped": [{"control": "6", "name": "raw input", "why": "no numbers"}],
         "cost": {"seconds": 10.0, "cpu_seconds": 9.0},
         "speech": {"prompts": 50, "kl_mean": 1.4, "kl_by_prompt": [1.4], "identical_without_expert": True,
-                   "perplexity": {"bridge_on": 36.0, "bridge_off": 36.0, "bytes": 2793}, "samples": [turn],
+                   "perplexity": {"bridge_on": 36.0, "bridge_off": 36.0, "beside_expert": 41.5, "told_instead": 40.0,
+                                  "bytes": 2793}, "samples": [turn],
                    "gates": {"about the task": gates, "unrelated": []}},
         "answers": [],
     }  # fmt: skip

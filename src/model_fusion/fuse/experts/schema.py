@@ -40,7 +40,7 @@ class Field:
         if self.type == "text":
             return word
         if self.type == "array":
-            raise InputError(f"{self.name}: an array of shape {list(self.shape)} is given as JSON, got {word!r}")
+            return self.check(self._read(word))
         try:
             value: int | float = int(word) if self.type == "int" else float(word)
         except ValueError:
@@ -48,6 +48,23 @@ class Field:
                 f"{self.name}: expected {'a whole' if self.type == 'int' else 'a'} number, got {word!r}"
             ) from None
         return self._bounded(value)
+
+    def _read(self, file: str) -> Any:
+        """The array in a .npy file."""
+        if not file.endswith(".npy"):
+            raise InputError(
+                f"{self.name}: an array of shape {list(self.shape)} is given as JSON or as a .npy file, got {file!r}"
+            )
+        import numpy as np
+
+        try:
+            return np.load(file, allow_pickle=False)
+        except FileNotFoundError:
+            raise InputError(f"{self.name}: {file}: no such file") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(
+                f"{self.name}: {file}: cannot be read as an array ({str(error).splitlines()[0]})"
+            ) from None
 
     def check(self, value: Any) -> Any:
         """A Python or JSON value as this field's; arrays become float32 numpy arrays of `shape`."""
