@@ -21,7 +21,7 @@ from model_fusion.merge.data import Data
 from model_fusion.merge.layout import Item, Layout
 from model_fusion.merge.prepare import Prepared
 from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource
-from model_fusion.recipe.parameters import evaluate, filters_of
+from model_fusion.recipe.parameters import evaluate, filters_of, fitted
 from model_fusion.recipe.reading import nearest
 
 # mergekit options that change its memory use, not the result
@@ -348,8 +348,8 @@ class _Planner:
         if kind is None:
             return None
         try:
-            return kind(**given)
-        except (TypeError, ValueError, InputError) as error:
+            return kind(**fitted(kind, given))
+        except InputError as error:
             text = f"{self.method.name}: {error}"
             if text not in self.problems:
                 self.problems.append(text)
