@@ -56,6 +56,7 @@ def merge(
             device=device,
             fill_missing=fill_missing,
             trust_remote_code=trust_remote_code,
+            allow_nan=allow_nan,
         )
         typer.echo(forecast(found))
         return

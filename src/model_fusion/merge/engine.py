@@ -207,7 +207,10 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     key = _key(work)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
         run = Run(work, writer, flags.allow_nan, flags.device, flags.ahead)
-        run.all(order, flags.threads)
+        try:
+            run.all(order, flags.threads)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{flags.device} has too little memory: give fewer --threads, or --device cpu") from error
         for text in run.warnings():
             warnings.warn(f"{work.method.name}: {text}", stacklevel=2)
         files = {**_files(work), **flags.files}
