@@ -58,39 +58,38 @@ def merge(
 
     gc.freeze()
     gc.enable()
-    if dry_run:
-        from model_fusion.merge.dry_run import dry_run as foresee
-        from model_fusion.report.forecast import forecast
-
-        found = foresee(
-            recipe,
-            output,
-            overwrite=overwrite,
-            threads=threads,
-            device=device,
-            fill_missing=fill_missing,
-            trust_remote_code=trust_remote_code,
-            allow_nan=allow_nan,
-        )
-        typer.echo(forecast(found))
-        return
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        folder = engine.merge(
-            recipe,
-            output,
-            overwrite=overwrite,
-            resume=resume,
-            threads=threads,
-            shard_size=largest,
-            allow_nan=allow_nan,
-            device=device,
-            fill_missing=fill_missing,
-            trust_remote_code=trust_remote_code,
-            ahead=ahead,
-        )
+        if dry_run:
+            from model_fusion.merge.dry_run import dry_run as foresee
+            from model_fusion.report.forecast import forecast
+
+            found = foresee(
+                recipe,
+                output,
+                overwrite=overwrite,
+                threads=threads,
+                device=device,
+                fill_missing=fill_missing,
+                trust_remote_code=trust_remote_code,
+                allow_nan=allow_nan,
+            )
+            told = forecast(found)
+        else:
+            folder = engine.merge(
+                recipe,
+                output,
+                overwrite=overwrite,
+                resume=resume,
+                threads=threads,
+                shard_size=largest,
+                allow_nan=allow_nan,
+                device=device,
+                fill_missing=fill_missing,
+                trust_remote_code=trust_remote_code,
+                ahead=ahead,
+            )
+            told = "\n".join([*lineage.notes(folder), f"wrote {folder}"])
     for text in dict.fromkeys(str(one.message) for one in warned):
         typer.echo(f"warning: {text}", err=True)
-    for note in lineage.notes(folder):
-        typer.echo(note)
-    typer.echo(f"wrote {folder}")
+    typer.echo(told)

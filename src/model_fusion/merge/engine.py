@@ -25,6 +25,7 @@ from model_fusion.merge import plan as planning
 from model_fusion.merge.execute import Run, check_device
 from model_fusion.merge.in_memory import Held, hold
 from model_fusion.merge.methods import get
+from model_fusion.merge.parameters import check_parameters, defaults
 from model_fusion.merge.plan import MergePlan, Method
 from model_fusion.merge.prepare import prepare
 from model_fusion.merge.stages import Made, Stages, parents, through
@@ -78,7 +79,7 @@ def _plan(
     """One merge; `named` are the merges that its models may mean."""
     if method is None:
         method = get(recipe.merge_method)
-    planning.check_parameters(recipe, method)
+    check_parameters(recipe, method)
     names = recipe.model_names()
     checkpoints = {name: named.get(name) or choices.open(name) for name in names}
     data = {text: open_statistics(text, choices.folder) for text in recipe.statistics()}
@@ -224,7 +225,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
             through(writer.inputs_of, made),
             files,
             command=flags.command,
-            defaults=planning.defaults(work.method),
+            defaults=defaults(work.method),
             seed=work.recipe.seed,
             notes=[*work.notes(), *flags.notes],
         )

@@ -47,13 +47,12 @@ class Layout:
         checkpoints: dict[str, Checkpoint],
         template: str,
         heads: Iterable[str],
-        only_one: bool,
     ) -> None:
-        """`heads`: tied tensors that are not written. `only_one`: the method takes one model a slice."""
+        """`heads`: tied tensors that are not written."""
         self.items: list[Item] = []
         self.picks: list[tuple[str, int]] | None = None
         self.problems: list[str] = []
-        self._recipe, self._checkpoints, self._template, self._once = recipe, checkpoints, template, only_one
+        self._recipe, self._checkpoints, self._template = recipe, checkpoints, template
         self._names = [name for name in checkpoints[template].names if name not in set(heads)]
         self._lengths = stacks(self._names)
         if recipe.modules is None:
@@ -92,9 +91,8 @@ class Layout:
             self.problems.append(f"{self._template} has no layers to slice")
             return
         stack = found[0]
-        all_sources = [source for part in parts for source in part.sources]
-        first = parts[0].sources if self._once else list({s.model: s for s in reversed(all_sources)}.values())[::-1]
-        last = parts[-1].sources if self._once else list({s.model: s for s in all_sources}.values())
+        # what stands before the layers goes with the first slice, what follows them with the last, as in mergekit
+        first, last = parts[0].sources, parts[-1].sources
         for name in names:
             if role_of(name).stack != stack:
                 early = before_layers(name)

@@ -5,7 +5,7 @@ Every problem is collected, so that a user sees all of them at once and before a
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,13 +19,11 @@ from model_fusion.checkpoint.statistics import StatisticsFile
 from model_fusion.errors import InputError
 from model_fusion.merge.data import Data
 from model_fusion.merge.layout import Item, Layout
+from model_fusion.merge.parameters import names_of
 from model_fusion.merge.prepare import Prepared
 from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource
 from model_fusion.recipe.parameters import evaluate, filters_of, fitted
 from model_fusion.recipe.reading import nearest
-
-# mergekit options that change its memory use, not the result
-_WITHOUT_EFFECT = {"int8_mask"}
 
 
 class Method(Protocol):
@@ -108,23 +106,6 @@ class MergePlan:
         ]
 
 
-def defaults(method: Method) -> dict[str, Any]:
-    """Parameter → the value it has where a recipe is silent, as recipes spell it."""
-    kinds = [kind for kind in (method.params, method.model_params) if kind is not None]
-    every = [own for kind in kinds for own in fields(kind) if own.default is not MISSING]
-    return {own.name.removesuffix("_"): own.default for own in every}
-
-
-def check_parameters(recipe: MergeRecipe, method: Method) -> None:
-    """Names of parameters against the method's own, before any model is looked for."""
-    own = [*_names(method.params), *_names(method.model_params)]
-    valid = {*(name.removesuffix("_") for name in own), *_WITHOUT_EFFECT}
-    for part in recipe.parts():
-        for name in part.parameters:
-            if name not in valid:
-                raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
-
-
 def build(
     recipe: MergeRecipe,
     method: Method,
@@ -168,7 +149,7 @@ def _with_base(recipe: MergeRecipe, method: Method) -> MergeRecipe:
     def joined(part: MergeRecipe | Module, levels: Sequence[Parameters]) -> list[ModelEntry] | None:
         if part.models is None or any(entry.model == base for entry in part.models):
             return part.models
-        if "weight" in _names(method.model_params) and not any("weight" in level for level in levels):
+        if "weight" in names_of(method.model_params) and not any("weight" in level for level in levels):
             raise InputError(
                 f"{method.name} merges base_model {base} too, which has no weight: list it under models with one, or "
                 "remove base_model"
@@ -199,8 +180,7 @@ class _Planner:
         self.outputs: list[Output] = []
         self.data = Data(method, data)
         self.heads = self._heads()
-        once = method.max_models == 1
-        self.layout = Layout(recipe, self.checkpoints, self.name, self.heads, once)
+        self.layout = Layout(recipe, self.checkpoints, self.name, self.heads)
         self.problems += self.layout.problems
         self.lengths = stacks(item.out for item in self.layout.items)
         # a text model has no tower: what lies outside the backbone may be one model's alone
@@ -338,7 +318,7 @@ class _Planner:
 
     def _values(self, kind: Any, levels: Sequence[Parameters], name: str, position: float) -> Any:
         given: dict[str, Any] = {}
-        for key in _names(kind):
+        for key in names_of(kind):
             for level in levels:
                 word = key.removesuffix("_")  # lambda is a keyword: the dataclasses spell it lambda_
                 value = evaluate(level[word], name, position) if word in level else None
@@ -385,7 +365,3 @@ class _Planner:
             for place, key in keys or [(config, "torch_dtype")]:
                 place[key] = dtype
         return config
-
-
-def _names(kind: Any) -> list[str]:
-    return [own.name for own in fields(kind)] if kind is not None else []
