@@ -22,7 +22,8 @@ from model_fusion.errors import InputError
 
 # tensors that stand beside packed weights: GPTQ and AWQ, FP8, bitsandbytes, compressed-tensors
 _PACKED = re.compile(r"\.(qweight|qzeros|weight_scale|weight_scale_inv|absmax|quant_map|SCB|weight_packed)$")
-_QUANTISED = ("quantization_config", "compression_config")
+QUANTISED = ("quantization_config", "compression_config")
+"""Keys of a config.json that describe quantised weights."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -53,14 +54,18 @@ class Checkpoint:
         self.folder = source.folder
         config = self.folder / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() and not source.file else {}
-        for key in _QUANTISED:
-            if self.config.get(key):
-                raise InputError(f"{config}: quantised weights ({key}) cannot be merged; dequantise them first")
         self._entries: dict[str, Entry] = {}
         self._pickled: dict[str, tuple[Path, Tensor]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._open()
+        self._refuse_quantised()
+
+    def _refuse_quantised(self) -> None:
+        said = next((key for key in QUANTISED if self.config.get(key)), None)
+        if said is not None:
+            config = self.folder / "config.json"
+            raise InputError(f"{config}: quantised weights ({said}) cannot be merged; dequantise them first")
         packed = next((name for name in self.names if _PACKED.search(name)), None)
         if packed is not None:
             raise InputError(f"{self.file_of(packed)}: {packed!r} belongs to quantised weights; dequantise them first")
@@ -212,9 +217,13 @@ def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """The checkpoint of a source, its adapter applied on the fly where it has one."""
-    if source.adapter is None:
-        return Checkpoint(source)
+    """The checkpoint of a source, its adapter applied on the fly where it has one, FP8 weights dequantised."""
+    from model_fusion.checkpoint.fp8 import Fp8Checkpoint, is_fp8
     from model_fusion.checkpoint.lora import AdaptedCheckpoint
 
-    return AdaptedCheckpoint(source)
+    if source.adapter is not None:
+        return AdaptedCheckpoint(source)
+    config = source.folder / "config.json"
+    if source.file is None and config.is_file() and is_fp8(read_json(config)):
+        return Fp8Checkpoint(source)
+    return Checkpoint(source)

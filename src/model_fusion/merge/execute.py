@@ -160,6 +160,8 @@ def finite(flat: Tensor) -> bool:
     """Whether a flat tensor holds neither NaN nor Inf: no exponent is all ones."""
     if not flat.is_floating_point():
         return True
+    if flat.dtype.itemsize == 1:  # FP8: torch has no isfinite for it
+        flat = flat.float()
     if flat.dtype not in _EXPONENT or flat.device.type != "cpu":
         return bool(torch.isfinite(flat).all())
     ones = _EXPONENT[flat.dtype]
