@@ -14,7 +14,7 @@ import torch
 from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.output_folder import check_target
-from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
+from model_fusion.checkpoint.reader import Checkpoint, open_model
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.checkpoint.statistics import open_statistics
@@ -45,9 +45,9 @@ class _Choices:
 
     def open(self, name: str) -> Checkpoint:
         if self.opened is None:
-            return open_checkpoint(resolve(name, self.folder))
+            return open_model(resolve(name, self.folder))
         if name not in self.opened:
-            self.opened[name] = open_checkpoint(resolve(name, self.folder))
+            self.opened[name] = open_model(resolve(name, self.folder))
         return self.opened[name]
 
 

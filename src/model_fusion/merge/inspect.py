@@ -13,7 +13,7 @@ from typing import Any
 from model_fusion.architecture.roles import role_of
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.lineage import licence_of
-from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
+from model_fusion.checkpoint.reader import Checkpoint, open_model
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.merge.findings import findings
@@ -89,8 +89,8 @@ def inspect(
     """
     if len(set(models)) < len(models) or base in models:
         raise InputError("a model is named twice")
-    opened = [open_checkpoint(resolve(text)) for text in models]
-    own = open_checkpoint(resolve(base)) if base is not None else None
+    opened = [open_model(resolve(text)) for text in models]
+    own = open_model(resolve(base)) if base is not None else None
     if own is None and len(opened) < 2:
         raise InputError("one model alone has nothing to be compared with: give --base, or a second model")
     everyone = [*opened, *([own] if own else [])]
