@@ -281,6 +281,14 @@ def test_verify_passes_and_then_sees_one_changed_byte(room: Path) -> None:
         verify(out)
 
 
+def test_overwrite_deletes_nothing_but_models(room: Path) -> None:
+    (room / "thesis").mkdir()
+    (room / "thesis/chapter.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds other things than a model"):
+        run(room, linear((1.0, 1.0)), "thesis", overwrite=True)
+    assert (room / "thesis/chapter.tex").read_text() == "years of work"
+
+
 def test_overwrite_replaces_the_whole_folder(room: Path) -> None:
     run(room, SLICES, shard_size=600)
     out = run(room, SLICES, overwrite=True)

@@ -56,7 +56,7 @@ def prepare(
     if not multimodal(checkpoints[template].config):  # a text model has no place for a tower
         template = next((name for name, c in checkpoints.items() if multimodal(c.config)), template)
     own = checkpoints[template]
-    views = {name: _aligned(checkpoint, own) for name, checkpoint in checkpoints.items()}
+    views = {name: aligned_with(checkpoint, own) for name, checkpoint in checkpoints.items()}
     wanted = heads(own.names) or _untied_heads(views, own)
     views = {name: _with_heads(view, wanted) for name, view in views.items()}
     ready = Prepared(views, template, own.files(), json.loads(json.dumps(own.config)))
@@ -84,8 +84,8 @@ def _remote_code(ready: Prepared, own: Checkpoint, trusted: bool) -> None:
         )
 
 
-def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
-    """The checkpoint under the template's names."""
+def aligned_with(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """The checkpoint under the template's names, where one of the two has a tower."""
     if checkpoint is template or not (multimodal(checkpoint.config) or multimodal(template.config)):
         return checkpoint
     names = aligned(checkpoint.names, template.names)
