@@ -255,6 +255,24 @@ def test_embeddings_go_with_the_first_slice_and_heads_with_the_last(room: Path, 
         assert torch.allclose(got[name].double(), exact, atol=1e-6), name
 
 
+@pytest.mark.parametrize("holder", "ab")
+def test_buffers_that_loaders_compute_need_not_be_everywhere(room: Path, holder: str) -> None:
+    """Files of 2023 hold rotary frequencies, those of today do not."""
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    frequencies = {name.format(i): torch.ones(4) for i in range(4)}
+    seed = "ab".index(holder)
+    write(room / holder, seed, state=tensors(seed) | frequencies)
+    out = run(room, linear((0.25, 0.5)))
+    expect_mean(out, (0.25, 0.5))
+    assert f"{name.format(0)} and 3 more" in (out / "README.md").read_text()
+    part = {"sources": [{"model": holder, "layer_range": [0, 2]}]}
+    rest = {"sources": [{"model": "ab"[1 - seed], "layer_range": [2, 4]}]}
+    out = run(room, {"merge_method": "passthrough", "slices": [part, rest]}, "stacked")
+    assert set(load_file(out / "model.safetensors")) == set(tensors(0))
+    write(room / "ab"[1 - seed], 1 - seed, state=tensors(1 - seed) | frequencies)
+    assert frequencies.keys() < load_file(run(room, linear((0.25, 0.5)), "both") / "model.safetensors").keys()
+
+
 def test_a_parameter_of_the_whole_merge_under_a_model_is_told(room: Path) -> None:
     recipe = linear((1.0, 1.0))
     recipe["models"][0]["parameters"]["normalize"] = False

@@ -46,14 +46,15 @@ class Layout:
         recipe: MergeRecipe,
         checkpoints: dict[str, Checkpoint],
         template: str,
-        heads: Iterable[str],
+        left_out: Iterable[str],
     ) -> None:
-        """`heads`: tied tensors that are not written."""
+        """`left_out`: tensors that are not written (tied heads, computed buffers)."""
         self.items: list[Item] = []
         self.picks: list[tuple[str, int]] | None = None
         self.problems: list[str] = []
         self._recipe, self._checkpoints, self._template = recipe, checkpoints, template
-        self._names = [name for name in checkpoints[template].names if name not in set(heads)]
+        self._left_out = set(left_out)
+        self._names = [name for name in checkpoints[template].names if name not in self._left_out]
         self._lengths = stacks(self._names)
         if recipe.modules is None:
             self._part(recipe, self._names, [recipe.parameters])
@@ -111,7 +112,8 @@ class Layout:
     def _slice(self, part: Slice, stack: str, levels: Sequence[Parameters], picks: list[tuple[str, int]]) -> None:
         layers: list[list[list[str]]] = []
         for source in part.sources:
-            inside = _by_layer(self._checkpoints[source.model].names, stack)
+            own = self._checkpoints[source.model].names
+            inside = _by_layer([name for name in own if name not in self._left_out], stack)
             if source.layer_range[1] > len(inside):
                 text = f"layer_range {list(source.layer_range)}: {source.model} has {len(inside)} layers"
                 self.problems.append(text)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import Rows, depth_of, has_row_a_token, rows_of, stacks, tied
+from model_fusion.architecture.roles import Rows, computed, depth_of, has_row_a_token, rows_of, stacks, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -78,7 +78,7 @@ class Output:
 @dataclass(frozen=True)
 class MergePlan:
     """What `engine` executes. `template` is the model whose config the output gets, `files` its small files; `stages`
-    are the named merges to make first, in order; `data` the files of statistics."""
+    are the named merges to make first, in order; `data` the files of statistics; `left_out` are tensors not written."""
 
     recipe: MergeRecipe
     method: Method
@@ -89,21 +89,24 @@ class MergePlan:
     files: dict[str, bytes]
     stages: dict[str, "MergePlan"] = field(default_factory=dict)
     data: dict[str, StatisticsFile] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def every(self) -> dict[str, Checkpoint]:
         """All that is read, models and statistics."""
         return {**self.checkpoints, **self.data}
 
     def notes(self) -> list[str]:
-        """What the card should tell of the data."""
-        if not self.data:
-            return []
-        merged = [item for item in self.outputs if not item.copied]
-        own = sum(bool(item.data) for item in merged)
-        return [
-            f"{self.method.name}: {own} of {len(merged)} tensors have statistics; the other {len(merged) - own} are "
-            "weighted means"
-        ]
+        """What the card should tell beyond the recipe."""
+        found = []
+        if self.left_out:
+            names = f"{self.left_out[0]}{f' and {len(self.left_out) - 1} more' if len(self.left_out) > 1 else ''}"
+            found.append(f"left out, as not every model stores these buffers, which loaders compute: {names}")
+        if self.data:
+            merged = [item for item in self.outputs if not item.copied]
+            own = sum(bool(item.data) for item in merged)
+            kept = f"{own} of {len(merged)} tensors have statistics"
+            found.append(f"{self.method.name}: {kept}; the other {len(merged) - own} are weighted means")
+        return found
 
 
 def build(
@@ -129,7 +132,15 @@ def build(
         raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
     config = planner.config()
     return MergePlan(
-        recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files, data=dict(data or {})
+        recipe,
+        method,
+        ready.checkpoints,
+        ready.template,
+        planner.outputs,
+        config,
+        ready.files,
+        data=dict(data or {}),
+        left_out=planner.left_out,
     )
 
 
@@ -180,7 +191,8 @@ class _Planner:
         self.outputs: list[Output] = []
         self.data = Data(method, data)
         self.heads = self._heads()
-        self.layout = Layout(recipe, self.checkpoints, self.name, self.heads)
+        self.left_out = self._left_out()
+        self.layout = Layout(recipe, self.checkpoints, self.name, {*self.heads, *self.left_out})
         self.problems += self.layout.problems
         self.lengths = stacks(item.out for item in self.layout.items)
         # a text model has no tower: what lies outside the backbone may be one model's alone
@@ -208,6 +220,14 @@ class _Planner:
                 if all(c.same(head, group[0]) for c in holders):
                     found[head] = group[0]
         return found
+
+    def _left_out(self) -> list[str]:
+        """Buffers that loaders compute, where not every model stores them."""
+        every = dict.fromkeys(
+            spec.name for c in self.checkpoints.values() for spec in c if computed(spec.name, spec.shape)
+        )
+        complete = all(name in checkpoint for name in every for checkpoint in self.checkpoints.values())
+        return [] if complete else list(every)
 
     def _check_models(self) -> None:
         method, recipe = self.method, self.recipe
@@ -338,7 +358,7 @@ class _Planner:
     def _check_extra(self) -> None:
         for model, checkpoint in self.checkpoints.items():
             for name in checkpoint.names:
-                if name not in self.template and name not in self.heads:
+                if name not in self.template and name not in self.heads and name not in self.left_out:
                     self.problems.append(f"{model}: extra tensor {name!r}, which {self.name} does not have")
 
     def _check_filters(self) -> None:
