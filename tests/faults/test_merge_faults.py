@@ -296,3 +296,13 @@ def test_resume_with_changed_inputs_starts_again(room: Path) -> None:
     write(room / "b", 9)
     whole = bytes_of(engine.merge(path, room / "whole", shard_size=2000))
     assert bytes_of(engine.merge(path, room / "out", shard_size=2000, resume=True)) == whole
+
+
+def test_resume_with_another_program_or_device_starts_again(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their last bits may differ: one output is made by one of them."""
+    work = engine.plan(save(room, LINEAR))
+    keys = [engine._key(work, "cpu"), engine._key(work, "cpu"), engine._key(work, "cuda")]
+    monkeypatch.setattr(engine.lineage, "own_version", lambda: "99")
+    keys.append(engine._key(work, "cpu"))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3

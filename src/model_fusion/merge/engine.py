@@ -183,7 +183,7 @@ def merge(
         for number, name in enumerate(work.stages):
             # planned again: what was a promise is now a folder
             stage = _plan(work.recipe.merges[name], choices, _checkpoints(made))
-            whole = place.made(name, number, _key(stage), partial(_write, stage, flags=inner, made=dict(made)))
+            whole = place.made(name, number, _key(stage, device), partial(_write, stage, flags=inner, made=dict(made)))
             made[name] = Made(whole, parents(stage.every(), made))
         _write(_plan(work.recipe, choices, _checkpoints(made), method), output, flags, made)
     return output
@@ -205,7 +205,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     # largest first, so that no thread is left alone with a big tensor at the end
     order = sorted(work.outputs, key=lambda item: -item.spec.nbytes)
     specs = [item.spec for item in work.outputs]
-    key = _key(work)
+    key = _key(work, flags.device)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
         run = Run(work, writer, flags.allow_nan, flags.device, flags.ahead)
         try:
@@ -240,9 +240,10 @@ def _files(work: MergePlan) -> dict[str, bytes]:
     return files
 
 
-def _key(work: MergePlan) -> str:
-    """Identity of recipe and inputs."""
+def _key(work: MergePlan, device: str) -> str:
+    """Identity of recipe and inputs, and of what may change a last bit: the program and the device."""
     digest = hashlib.sha256(work.recipe.model_dump_json().encode())
+    digest.update(repr((lineage.own_version(), torch.__version__, device)).encode())
     digest.update(repr([(item.inputs, item.base, item.data) for item in work.outputs]).encode())
     digest.update(fingerprint(work.every()).encode())
     return digest.hexdigest()
