@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from made_models import STEP, Shape, make
 from measure import machine
+from mergekit_runs import read, run_mergekit
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("src", "tests")]
 
@@ -262,23 +262,6 @@ def main() -> None:
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-
-
-def run_mergekit(python: str, jobs: list[dict[str, Any]], folder: Path) -> dict[str, str | None]:
-    listed = folder / "jobs.json"
-    listed.write_text(json.dumps([{k: job[k] for k in ("recipe", "out", "masks")} for job in jobs]))
-    driver = Path(__file__).with_name("mergekit_driver.py")
-    done = subprocess.run([python, str(driver), str(listed)], capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(lines) != len(jobs):
-        raise RuntimeError(done.stderr[-3000:])
-    return {line["out"]: line["error"] for line in lines}
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    """A folder's tensors; mergekit puts GPT-2's under `transformer.`, which stock transformers reads either way."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {k.removeprefix("transformer."): v for file in files for k, v in load_file(file).items()}
 
 
 def row(single: dict[str, Any], half: dict[str, Any], errors: dict[str, str | None], both: bool) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_fixtures import GPT2, LLAMA, adapter, gpt2, llama
 from model_fusion.checkpoint.lora import AdaptedCheckpoint
-from model_fusion.checkpoint.reader import open_checkpoint
+from model_fusion.checkpoint.reader import open_checkpoint, open_model
 from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.errors import InputError
 
@@ -59,6 +60,29 @@ def test_equals_peft(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read._pairs[name] = type(pair)(pair.a, pair.b, pair.scale * 1.01, pair.embedding)
     with pytest.raises(AssertionError):
         compare(merged, read)
+
+
+def test_an_older_adapter_s_pickle_is_read_and_nothing_but_tensors(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    merged = adapter(model, tmp_path / "lora", r=3, target_modules=LLAMA)
+    file = tmp_path / "lora/adapter_model.safetensors"
+    torch.save(load_file(file), tmp_path / "lora/adapter_model.bin")
+    file.unlink()
+    read = open_checkpoint(resolve(f"{tmp_path}/base+{tmp_path}/lora"))
+    assert isinstance(read, AdaptedCheckpoint)
+    compare(merged, read)
+    torch.save({"lora": Path("x")}, tmp_path / "lora/adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model\.bin: refused \(it holds more than tensors\)"):
+        open_checkpoint(resolve(f"{tmp_path}/base+{tmp_path}/lora"))
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    adapter(model, tmp_path / "lora", r=3, target_modules=LLAMA)
+    with pytest.raises(InputError, match="is a LoRA adapter, not a model: name it with its base"):
+        open_model(resolve(str(tmp_path / "lora")))
 
 
 def test_gpt2_without_the_outer_name(tmp_path: Path) -> None:

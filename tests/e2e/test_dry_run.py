@@ -124,3 +124,17 @@ def test_what_the_merge_would_refuse_is_refused(
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert sorted(room.rglob("*")) == before
+
+
+@pytest.mark.parametrize("device", ["cuda:9", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(room: Path, device: str) -> None:
+    with pytest.raises(InputError, match="cannot be used here"):
+        dry_run(room / "recipe.yml", room / "out", device=device)
+
+
+def test_nan_is_forecast_where_it_is_allowed(room: Path) -> None:
+    state = {name: tensor.fill_(float("nan")) for name, tensor in tensors(0).items()}
+    write(room / "a", 0, state=state)
+    with pytest.raises(InputError, match="NaN or Inf"):
+        dry_run(room / "recipe.yml", room / "out")
+    assert dry_run(room / "recipe.yml", room / "out", allow_nan=True).merges[0].seconds is not None

@@ -216,6 +216,70 @@ def test_a_tied_model_s_head_is_its_embedding_beside_an_untied_one(room: Path) -
     assert verify(room / "out").inputs == ["a", "b"]
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_an_untied_head_unties_the_output(room: Path, method: str) -> None:
+    """mergekit's answer where the first model, or the base, ties and another does not."""
+    state = tensors(0)
+    embedding = state["model.embed_tokens.weight"]
+    del state["lm_head.weight"]
+    write(room / "a", 0, state=state, tie_word_embeddings=True)
+    recipe = linear((1.0, 1.0)) | {"merge_method": method}
+    if method == "task_arithmetic":
+        recipe |= {"base_model": "a", "models": [{"model": "b", "parameters": {"weight": 0.5}}]}
+    out = run(room, recipe)
+    got = load_file(out / "model.safetensors")
+    exact = (embedding.float() + tensors(1)["lm_head.weight"].float()) / 2
+    assert torch.equal(got["lm_head.weight"], exact.bfloat16())
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    state = tensors(1) | {"lm_head.weight": tensors(1)["model.embed_tokens.weight"].clone()}
+    write(room / "b", 1, state=state)  # untied in name, equal in numbers: tied it stays
+    out = run(room, recipe, "still")
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1)])
+def test_embeddings_go_with_the_first_slice_and_heads_with_the_last(room: Path, counts: tuple[int, int]) -> None:
+    """As in mergekit, which, however, drops a model of the last slice where the first has fewer."""
+
+    def part(low: int, names: str) -> dict[str, Any]:
+        parameters = {"weight": 1.0}
+        return {"sources": [{"model": n, "layer_range": [low, low + 2], "parameters": parameters} for n in names]}
+
+    first, last = "ABC"[: counts[0]], "ABC"[-counts[1] :]
+    recipe = {"merge_method": "linear", "slices": [part(0, first), part(2, last)], "dtype": "float32"}
+    got = load_file(run(room, recipe) / "model.safetensors")
+    each = dict(zip("ABC", (tensors(seed) for seed in range(3)), strict=True))
+    for name, names in (("model.embed_tokens.weight", first), ("model.norm.weight", last), ("lm_head.weight", last)):
+        exact = sum(each[n][name].double() for n in names) / len(names)
+        assert torch.allclose(got[name].double(), exact, atol=1e-6), name
+
+
+@pytest.mark.parametrize("holder", "ab")
+def test_buffers_that_loaders_compute_need_not_be_everywhere(room: Path, holder: str) -> None:
+    """Files of 2023 hold rotary frequencies, those of today do not."""
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    frequencies = {name.format(i): torch.ones(4) for i in range(4)}
+    seed = "ab".index(holder)
+    write(room / holder, seed, state=tensors(seed) | frequencies)
+    out = run(room, linear((0.25, 0.5)))
+    expect_mean(out, (0.25, 0.5))
+    assert f"{name.format(0)} and 3 more" in (out / "README.md").read_text()
+    part = {"sources": [{"model": holder, "layer_range": [0, 2]}]}
+    rest = {"sources": [{"model": "ab"[1 - seed], "layer_range": [2, 4]}]}
+    out = run(room, {"merge_method": "passthrough", "slices": [part, rest]}, "stacked")
+    assert set(load_file(out / "model.safetensors")) == set(tensors(0))
+    write(room / "ab"[1 - seed], 1 - seed, state=tensors(1 - seed) | frequencies)
+    assert frequencies.keys() < load_file(run(room, linear((0.25, 0.5)), "both") / "model.safetensors").keys()
+
+
+def test_a_parameter_of_the_whole_merge_under_a_model_is_told(room: Path) -> None:
+    recipe = linear((1.0, 1.0))
+    recipe["models"][0]["parameters"]["normalize"] = False
+    with pytest.warns(UserWarning, match="linear: normalize under a changes nothing"):
+        run(room, recipe)
+
+
 def test_verify_passes_and_then_sees_one_changed_byte(room: Path) -> None:
     out = run(room, linear((1.0, 1.0)))
     assert verify(out).tensors == len(tensors(0))
@@ -233,6 +297,14 @@ def test_verify_passes_and_then_sees_one_changed_byte(room: Path) -> None:
     (out / "config.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"config\.json"):
         verify(out)
+
+
+def test_overwrite_deletes_nothing_but_models(room: Path) -> None:
+    (room / "thesis").mkdir()
+    (room / "thesis/chapter.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds other things than a model"):
+        run(room, linear((1.0, 1.0)), "thesis", overwrite=True)
+    assert (room / "thesis/chapter.tex").read_text() == "years of work"
 
 
 def test_overwrite_replaces_the_whole_folder(room: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from architecture_fixtures import MODELS, save
 from model_fusion.errors import InputError
 from model_fusion.merge import engine, execute
+from model_fusion.merge.inspect import inspect
 from model_fusion.recipe.merge import parse
 
 VLMS = {"llava": "llama", "qwen2_vl": "qwen2", "gemma3_vl": "gemma3"}
@@ -123,6 +124,18 @@ def as_newer(name: str) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return f"model.{name}"
+
+
+@pytest.mark.parametrize("kind", VLMS)
+@pytest.mark.parametrize("text_is_base", [False, True])
+def test_a_backbone_is_inspected_beside_a_text_model(models: Path, kind: str, text_is_base: bool) -> None:
+    """Tensor by tensor, whatever the prefix; what only the tower has is listed."""
+    pair = [str(models / f"{kind}-a"), str(models / f"{VLMS[kind]}-b")]
+    one, base = pair if text_is_base else pair[::-1]
+    found = inspect([one], base, with_spectra=False)
+    assert len(found.tensors) >= len([n for n in weights(Path(pair[1])) if "layers" in n])
+    assert not any("architectures" in text for text in found.problems)
+    assert any("not in" in text for text in found.problems)
 
 
 @pytest.mark.parametrize("other", ["llava-b", "llama-b"])

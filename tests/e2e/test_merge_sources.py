@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -110,6 +111,42 @@ def test_hub_ids_with_a_revision_are_found_in_the_local_cache(room: Path) -> Non
     expect_mean(room / "out")
     record = json.loads((room / "out" / "model_fusion.json").read_text())
     assert [parent["revision"] for parent in record["parents"]] == ["aaaa", "bbbb"]
+
+
+CARD = ["config.json", "README.md", "tokenizer.json"]
+OTHERS = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "optimizer.bin", "model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "left"),
+    [
+        (["model.safetensors"], ["pytorch_model.bin"]),
+        (["pytorch_model-00001-of-00001.bin"], []),
+        (["adapter_model.bin"], []),
+    ],
+)
+def test_the_hub_is_asked_for_the_card_and_for_weights_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: list[str], left: list[str]
+) -> None:
+    """The card names the licence; a repository's pickles are wanted only where it has no safetensors."""
+
+    def fetch(name: str, allow_patterns: list[str], ignore_patterns: list[str], **_: object) -> str:
+        every = [*CARD, *weights, *left, *OTHERS]
+        for file in huggingface_hub.utils.filter_repo_objects(
+            every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve("someone/tiny").folder == tmp_path
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*CARD, *weights])
+
+
+def test_an_address_of_the_hub_is_answered() -> None:
+    with pytest.raises(InputError, match="give owner/name, or owner/name@revision"):
+        resolve("https://huggingface.co/someone/tiny")
 
 
 def test_missing_tensors_are_filled_only_when_asked(room: Path) -> None:

@@ -97,6 +97,9 @@ CASES: dict[str, tuple[Change, str]] = {
     "top-level key": (lambda d, r: r.update(out_dtpe="bfloat16"), "did you mean 'out_dtype'"),
     "parameter typo": (lambda d, r: first(r).update(wieght=1), "did you mean 'weight'"),
     "method typo": (lambda d, r: r.update(merge_method="linaer"), "did you mean 'linear'"),
+    "parameter of another method": (lambda d, r: first(r).update(density=0.5), "belongs to .*: remove it"),
+    "parameter's type": (lambda d, r: first(r).update(weight="high"), "weight must be a number, got 'high'"),
+    "method in capitals": (lambda d, r: r.update(merge_method="LINEAR"), "did you mean 'linear'"),
     "model key": (lambda d, r: r["models"][0].update(modle="a"), "did you mean 'model'"),
     "filter without match": (lambda d, r: first(r).update(weight=FILTER), "'no_such_part' matches no tensor"),
     "density 50": (
@@ -293,3 +296,13 @@ def test_resume_with_changed_inputs_starts_again(room: Path) -> None:
     write(room / "b", 9)
     whole = bytes_of(engine.merge(path, room / "whole", shard_size=2000))
     assert bytes_of(engine.merge(path, room / "out", shard_size=2000, resume=True)) == whole
+
+
+def test_resume_with_another_program_or_device_starts_again(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their last bits may differ: one output is made by one of them."""
+    work = engine.plan(save(room, LINEAR))
+    keys = [engine._key(work, "cpu"), engine._key(work, "cpu"), engine._key(work, "cuda")]
+    monkeypatch.setattr(engine.lineage, "own_version", lambda: "99")
+    keys.append(engine._key(work, "cpu"))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3

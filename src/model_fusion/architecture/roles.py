@@ -22,6 +22,8 @@ _ROLES: tuple[tuple[str, str], ...] = (
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
 _BY_TOKEN = re.compile(r"(^|\.)(lm_head|embed_out|predictions|predictions\.decoder)\.(weight|bias)$")
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.masked_bias|embeddings\.position_ids)$")
+_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
@@ -125,3 +127,9 @@ def rows_of(name: str, config: Mapping[str, Any] | None = None) -> Rows:
     if has_row_a_token(name):
         return "tokens"
     return "inputs" if role_of(name, config).transposed else "outputs"
+
+
+def computed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a buffer that every loader computes anew: older files hold rotary frequencies, positions and
+    causal masks, newer ones of the same models do not."""
+    return bool(_COMPUTED.search(name)) or (bool(_MASK.search(name)) and len(shape) == 4 and shape[:2] == (1, 1))

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from model_fusion.checkpoint.formats import Entry, read_header
-from model_fusion.checkpoint.reader import map_tensor, read_json
+from model_fusion.checkpoint.reader import load_pickle, map_tensor, read_json
 from model_fusion.errors import InputError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _NAME = re.compile(r"^(.+)\.lora_(embedding_)?(A|B)(?:\.default)?(?:\.weight)?$")
 _REFUSED = (
@@ -54,7 +54,8 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / WEIGHTS
+        pickled = folder / PICKLED
+        self.file = pickled if pickled.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
         if not (folder / CONFIG).is_file():
             raise InputError(f"{folder}: no {CONFIG}; expected a LoRA folder as peft writes it")
         self.config = read_json(folder / CONFIG)
@@ -98,10 +99,16 @@ class Adapter:
                 return value
         return self.config["r" if key == "rank_pattern" else "lora_alpha"]
 
+    def _entries(self) -> list[Entry]:
+        if self.file.name == WEIGHTS:
+            return read_header(self.file)
+        found = load_pickle(self.file).items()
+        return [Entry(name, t.dtype, tuple(t.shape), self.file, 0, t.nbytes, t.detach()) for name, t in found]
+
     def _read(self) -> None:
         halves: dict[str, dict[str, Entry]] = {}
         embeddings: set[str] = set()
-        for entry in read_header(self.file):
+        for entry in self._entries():
             name = entry.name.removeprefix(PREFIX)
             match = _NAME.match(name)
             if match is None:

@@ -63,7 +63,7 @@ def _models(part: Any) -> Iterator[str]:
             yield from _models(item)
     elif isinstance(part, dict):
         for key, value in part.items():
-            if key in ("model", "base_model") and isinstance(value, str):
+            if key in ("model", "base_model", "path") and isinstance(value, str):
                 yield value
             else:
                 yield from _models(value)

@@ -5,6 +5,7 @@ The card is not hashed into the lineage (it names the lineage's hash), so its pr
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 NAME = "README.md"
 _FLAGS = ("adapter", "masks", "unmasked")
 """Kinds that flags make, not a recipe file."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def build(lineage: bytes) -> bytes:
@@ -23,9 +25,10 @@ def build(lineage: bytes) -> bytes:
     adapter, ours = record["kind"] == "adapter", record["kind"] in ("twin", "masks")
     bases = record["recipe"].get("base") if adapter else None
     models = [parent["model"] for parent in record["parents"] if "statistics" not in parent]
+    on_hub = _on_hub(record["parents"], [bases] if bases else models)
+    relation = {"base_model": on_hub, "base_model_relation": "adapter" if adapter else "merge"}
     head = {
-        "base_model": [_published(model) for model in ([bases] if bases else models)],
-        "base_model_relation": "adapter" if adapter else "merge",
+        **(relation if on_hub else {}),
         "library_name": "peft" if adapter else "model-fusion" if ours else "transformers",
         "tags": ["model-fusion", "lora" if adapter else "merge", method],
         "license": licence,
@@ -58,6 +61,17 @@ def _published(model: str) -> str:
     return "+".join(
         part.rstrip("/").rpartition("/")[2] if own else part for part, own in zip(parts, local, strict=True)
     )
+
+
+def _on_hub(parents: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
+    """The models that came from the hub, as it calls them: it takes no card that names others as its bases."""
+    revisions = {parent["model"]: parent["revision"] for parent in parents}
+    # a merge of adapters knows their base by name alone
+    return [
+        model.partition("+")[0].partition("@")[0]
+        for model in models
+        if revisions.get(model) or (model not in revisions and _HUB_ID.fullmatch(model))
+    ]
 
 
 def _licence(parents: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

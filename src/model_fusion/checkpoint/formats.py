@@ -4,7 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor on disk: bytes [begin, end) of `file`."""
+    """One tensor on disk: bytes [begin, end) of `file`; of a pickle, the `tensor` itself."""
 
     name: str
     dtype: torch.dtype
@@ -31,6 +31,7 @@ class Entry:
     file: Path
     begin: int
     end: int
+    tensor: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from model_fusion.checkpoint.statistics import StatisticsFile
 NAME = "model_fusion.json"
 
 
-def _version() -> str:
+def own_version() -> str:
+    """The version of this program."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -67,7 +68,7 @@ def build(
         "command": command,
         "notes": list(notes),
         "versions": {
-            "model_fusion": _version(),
+            "model_fusion": own_version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -13,6 +13,8 @@ from typing import Self
 
 from model_fusion.errors import InputError
 
+_OURS = (".safetensors", ".json", ".bin", ".gguf")
+"""What a folder that may be replaced holds some of."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,6 +29,10 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> No
         raise InputError(f"output {target} exists and is not a folder: choose another name")
     if target.exists() and not overwrite and any(target.iterdir()):
         raise InputError(f"output {target} already exists: pass --overwrite to replace it, or choose another folder")
+    if target.exists() and any(target.iterdir()) and not any(p.suffix in _OURS for p in target.iterdir()):
+        raise InputError(
+            f"output {target} holds other things than a model, which --overwrite would delete: empty it first"
+        )
     if not target.parent.is_dir():
         raise InputError(f"no such folder: {target.parent} (the output's parent)")
     if not os.access(target.parent, os.W_OK | os.X_OK):

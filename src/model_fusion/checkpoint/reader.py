@@ -22,7 +22,8 @@ from model_fusion.errors import InputError
 
 # tensors that stand beside packed weights: GPTQ and AWQ, FP8, bitsandbytes, compressed-tensors
 _PACKED = re.compile(r"\.(qweight|qzeros|weight_scale|weight_scale_inv|absmax|quant_map|SCB|weight_packed)$")
-_QUANTISED = ("quantization_config", "compression_config")
+QUANTISED = ("quantization_config", "compression_config")
+"""Keys of a config.json that describe quantised weights."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -53,14 +54,18 @@ class Checkpoint:
         self.folder = source.folder
         config = self.folder / "config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() and not source.file else {}
-        for key in _QUANTISED:
-            if self.config.get(key):
-                raise InputError(f"{config}: quantised weights ({key}) cannot be merged; dequantise them first")
         self._entries: dict[str, Entry] = {}
         self._pickled: dict[str, tuple[Path, Tensor]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._open()
+        self._refuse_quantised()
+
+    def _refuse_quantised(self) -> None:
+        said = next((key for key in QUANTISED if self.config.get(key)), None)
+        if said is not None:
+            config = self.folder / "config.json"
+            raise InputError(f"{config}: quantised weights ({said}) cannot be merged; dequantise them first")
         packed = next((name for name in self.names if _PACKED.search(name)), None)
         if packed is not None:
             raise InputError(f"{self.file_of(packed)}: {packed!r} belongs to quantised weights; dequantise them first")
@@ -122,22 +127,7 @@ class Checkpoint:
             self._entries[entry.name] = entry
 
     def _load_pickle(self, file: Path) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # on old pickle protocols
-                # files of torch before 1.6 are no zip archives and cannot be mapped
-                table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-            reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "damaged"
-            raise InputError(f"{file}: refused ({reason}); save it as safetensors") from error
-        for key in ("state_dict", "model_state_dict", "model"):
-            if isinstance(table, dict) and isinstance(table.get(key), dict):
-                table = table[key]
-        if not isinstance(table, dict):
-            raise InputError(f"{file}: not a state dict")
-        for name, tensor in table.items():
-            if isinstance(tensor, Tensor):
-                self._pickled[str(name)] = (file, tensor)
+        self._pickled |= {name: (file, tensor) for name, tensor in load_pickle(file).items()}
 
     @property
     def names(self) -> list[str]:
@@ -194,6 +184,24 @@ class Checkpoint:
         return {name: self.read(name)}
 
 
+def load_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, by an unpickler that makes nothing else. Raises `InputError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old pickle protocols
+            # files of torch before 1.6 are no zip archives and cannot be mapped
+            table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "damaged"
+        raise InputError(f"{file}: refused ({reason}); save it as safetensors") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(table, dict) and isinstance(table.get(key), dict):
+            table = table[key]
+    if not isinstance(table, dict):
+        raise InputError(f"{file}: not a state dict")
+    return {str(name): tensor for name, tensor in table.items() if isinstance(tensor, Tensor)}
+
+
 def _map(file: Path) -> mmap.mmap:
     with file.open("rb") as handle:
         # ACCESS_COPY: writable in torch's eyes (no warning), and never written through to the file
@@ -202,6 +210,8 @@ def _map(file: Path) -> mmap.mmap:
 
 def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
     """One tensor as a view of its file."""
+    if entry.tensor is not None:
+        return entry.tensor
     count = (entry.end - entry.begin) // entry.dtype.itemsize
     if count == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
@@ -212,9 +222,24 @@ def map_tensor(entry: Entry, mapped: mmap.mmap | None = None) -> Tensor:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """The checkpoint of a source, its adapter applied on the fly where it has one."""
-    if source.adapter is None:
-        return Checkpoint(source)
+    """The checkpoint of a source, its adapter applied on the fly where it has one, FP8 weights dequantised."""
+    from model_fusion.checkpoint.fp8 import Fp8Checkpoint, is_fp8
     from model_fusion.checkpoint.lora import AdaptedCheckpoint
 
-    return AdaptedCheckpoint(source)
+    if source.adapter is not None:
+        return AdaptedCheckpoint(source)
+    config = source.folder / "config.json"
+    if source.file is None and config.is_file() and is_fp8(read_json(config)):
+        return Fp8Checkpoint(source)
+    return Checkpoint(source)
+
+
+def open_model(source: Source) -> Checkpoint:
+    """As `open_checkpoint`, for what must be a model: an adapter's folder by itself is refused."""
+    settings = source.folder / "adapter_config.json"
+    if source.file is None and settings.is_file() and not (source.folder / "config.json").is_file():
+        base = read_json(settings).get("base_model_name_or_path") or "BASE"
+        raise InputError(
+            f"{source.spec} is a LoRA adapter, not a model: name it with its base, as {base}+{source.spec}"
+        )
+    return open_checkpoint(source)

@@ -11,7 +11,18 @@ def small_files(folder: Path) -> list[str]:
 def _kept(name: str) -> bool:
     exact = {"generation_config.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json"}
     exact |= {"added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json"}
-    exact |= {"preprocessor_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+    exact |= {
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "normalizer.json",
+        "source.spm",
+        "target.spm",
+    }
+    exact |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.bpe", "bpe.codes"}
     if name == "tokenizer_report.json":  # speaks of the merge that made the folder
         return False
-    return name in exact or (name.startswith("tokenizer") and name.endswith(".json"))
+    return (
+        name in exact
+        or name.endswith((".tiktoken", "tiktoken.model"))
+        or (name.startswith("tokenizer") and name.endswith(".json"))
+    )

@@ -15,7 +15,21 @@ from model_fusion.errors import InputError, MissingDependencyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STATE_DICTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_HUB_FILES = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+_HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "*.spm",
+    "*.tiktoken",
+    "*.bpe",
+    "*.codes",
+]
+_HUB_FILES += ["README.md"]
+_HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
+_HUB_NOT = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,8 @@ def _folder(text: str, relative_to: Path | None, offline: bool) -> Path:
         return found
     text = EMBEDDED[text][2] if text in EMBEDDED else text  # its package is not installed: the hub has it too
     name, _, revision = text.partition("@")
+    if "huggingface.co/" in text:
+        raise InputError(f"no such folder: {text!r}; for a model of the hub give owner/name, or owner/name@revision")
     looks_like_path = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.sep + os.sep in text
     if looks_like_path or "/" not in name or not _HUB_ID.fullmatch(name):
         raise InputError(f"no such folder: {text!r} (neither a local folder nor an owner/name hub id)")
@@ -84,10 +100,21 @@ def _folder(text: str, relative_to: Path | None, offline: bool) -> Path:
     except ImportError as error:
         message = f"no such folder: {text!r}; to fetch it as a hub id, install model-fusion[fuse]"
         raise MissingDependencyError(message) from error
-    try:
+
+    def fetch(files: list[str]) -> Path:
         return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=offline)
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=files,
+                ignore_patterns=_HUB_NOT,
+                local_files_only=offline,
+            )
         )
+
+    try:
+        folder = fetch(_HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch([*_HUB_FILES, *_HUB_PICKLES])
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"no such folder: {text!r}, and the hub did not give it either ({first})") from error

@@ -5,6 +5,7 @@ SHA-256 is returned, to be compared with one that was published elsewhere.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from model_fusion.errors import InputError, IntegrityError, MissingDependencyErr
 
 # what a loader would read, and so what must not appear in a folder unrecorded
 _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".json", ".jinja", ".model")
+_PART = re.compile(r"\+(lora_\w+|scale)$")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -91,7 +93,7 @@ def _verify(
             if parent is None:
                 result.unread.append(model)
                 continue
-            names = sorted({label.partition("+lora_")[0] for label in hashes})
+            names = sorted({_name(label) for label in hashes})
             problems += _kept(pool.map(partial(_input, parent, hashes, tick), names))
             result.inputs.append(model)
     for name in record.get("parts", ()):
@@ -160,12 +162,17 @@ def _output(checkpoint: Checkpoint, name: str, entry: Mapping[str, Any], step: C
     return None if _hash(checkpoint.read(name)) == entry.get("sha256") else f"{where} changed since it was written"
 
 
+def _name(label: str) -> str:
+    """The tensor that a part of it (an adapter's matrix, an FP8 scale) belongs to."""
+    return _PART.sub("", label)
+
+
 def _input(parent: Checkpoint, hashes: Mapping[str, str], step: Callable[[], object], name: str) -> str | None:
     step()
     if name not in parent:
         return f"{parent.folder}: input tensor {name!r} is gone since it was read"
     parts = parent.stored(name)
-    for label in [label for label in hashes if label.partition("+lora_")[0] == name]:
+    for label in [label for label in hashes if _name(label) == name]:
         if label not in parts or _hash(parts[label]) != hashes[label]:
             place = parent.source.adapter if parent.source.adapter and label != name else parent.file_of(name)
             return f"{place}: input tensor {label!r} changed since it was read"

@@ -17,6 +17,7 @@ from model_fusion.cli.generate import generate
 from model_fusion.cli.inspect import inspect
 from model_fusion.cli.lora import app as lora
 from model_fusion.cli.merge import merge
+from model_fusion.cli.mergekit import MergekitCommand
 from model_fusion.cli.mix import app as mix
 from model_fusion.cli.safety import safety
 from model_fusion.cli.search import search
@@ -42,7 +43,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
     """Make one model out of several."""
 
 
-app.command("merge")(merge)
+app.command("merge", cls=MergekitCommand)(merge)
 app.command("audit")(audit)
 app.command("fuse")(fuse)
 app.command("generate")(generate)

@@ -14,7 +14,8 @@ from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.views import Planned
 from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.merge import engine
-from model_fusion.merge.execute import Run
+from model_fusion.merge.execute import Run, check_device
+from model_fusion.merge.global_trim import trimmed_together
 from model_fusion.merge.plan import Input, MergePlan, Output
 
 BUDGET = 3.0
@@ -23,7 +24,7 @@ BUDGET = 3.0
 
 @dataclass(frozen=True)
 class Forecast:
-    """One merge. seconds: estimated from `sampled` tensors; None where the inputs do not exist yet."""
+    """One merge. seconds: estimated from `sampled` tensors; None where `unknown` says why not."""
 
     name: str
     method: str
@@ -34,6 +35,7 @@ class Forecast:
     written: int
     sampled: int
     seconds: float | None
+    unknown: str = ""
 
 
 @dataclass
@@ -55,22 +57,34 @@ def dry_run(
     device: str = "cpu",
     fill_missing: str | None = None,
     trust_remote_code: bool = False,
+    allow_nan: bool = False,
 ) -> DryRun:
     """Check everything that `engine.merge` checks before it works; writes nothing."""
+    check_device(device)
     count = threads or torch.get_num_threads()
     work = engine.plan(recipe, fill_missing=fill_missing, trust_remote_code=trust_remote_code)
     check_target(output, engine.inputs(work), overwrite=overwrite)
     result = DryRun([], count, shutil.disk_usage(output.resolve().parent).free)
     for name, stage in [*work.stages.items(), (work.recipe.name or "output", work)]:
-        result.merges.append(_forecast(name, stage, count, device))
+        result.merges.append(_forecast(name, stage, _Way(count, device, allow_nan)))
     needed = sum(merge.written for merge in result.merges)
     if needed > result.free:
         result.warnings.append(f"{needed / 1e9:.2f} GB to write, {result.free / 1e9:.2f} GB free at {output.parent}")
     return result
 
 
-def _forecast(name: str, work: MergePlan, threads: int, device: str) -> Forecast:
-    seconds, sampled = _time(work, threads, device)
+@dataclass(frozen=True)
+class _Way:
+    """How tensors are merged."""
+
+    threads: int
+    device: str
+    allow_nan: bool
+
+
+def _forecast(name: str, work: MergePlan, way: _Way) -> Forecast:
+    unknown = _unknown(work)
+    seconds, sampled = (None, 0) if unknown else _time(work, way)
     every = work.every()
     return Forecast(
         name=name,
@@ -82,7 +96,15 @@ def _forecast(name: str, work: MergePlan, threads: int, device: str) -> Forecast
         written=sum(item.spec.nbytes for item in work.outputs),
         sampled=sampled,
         seconds=seconds,
+        unknown=unknown,
     )
+
+
+def _unknown(work: MergePlan) -> str:
+    """Why a sample of tensors says nothing of the time."""
+    if any(isinstance(checkpoint, Planned) for checkpoint in work.checkpoints.values()):
+        return "its inputs do not exist yet"
+    return "trim: global looks at all tensors before it merges one" if trimmed_together(work) else ""
 
 
 def _reads(item: Output) -> list[Input]:
@@ -102,22 +124,21 @@ class _Thrown:
         return digest.hexdigest()
 
 
-def _time(work: MergePlan, threads: int, device: str) -> tuple[float | None, int]:
+def _time(work: MergePlan, way: _Way) -> tuple[float, int]:
     """Seconds for all tensors, and how many were merged to find out.
 
     Tensors of one shape cost alike. Of a shape, one tensor a thread is merged at once, so the threads compete as they
     will. The shape that holds the most bytes is always measured; the others, small ones first, as far as the budget
     goes, and beyond it they are reckoned by the bytes at that shape's rate.
     """
-    if any(isinstance(checkpoint, Planned) for checkpoint in work.checkpoints.values()):
-        return None, 0
+    threads = way.threads
     shapes: dict[tuple[object, ...], list[Output]] = {}
     for item in work.outputs:
         shapes.setdefault((item.spec.shape, item.spec.dtype, item.copied), []).append(item)
     groups = sorted(shapes.values(), key=lambda items: items[0].spec.nbytes)
     if not groups:
         return 0.0, 0
-    _merge_some(work, groups[0][:1], threads, device)  # the first call of anything costs more: not counted
+    _merge_some(work, groups[0][:1], way)  # the first call of anything costs more: not counted
     main = max(groups, key=lambda items: items[0].spec.nbytes * len(items))
     rate, total, spent, sampled = 0.0, 0.0, 0.0, 0
     for group in [main, *(other for other in groups if other is not main)]:
@@ -125,7 +146,7 @@ def _time(work: MergePlan, threads: int, device: str) -> tuple[float | None, int
         if group is not main and spent + rate * size * threads > BUDGET:
             total += rate * size * len(group)
             continue
-        took = _merge_some(work, chosen, threads, device)
+        took = _merge_some(work, chosen, way)
         spent, sampled = spent + took, sampled + len(chosen)
         # a lone tensor shares the threads with other shapes in the merge
         each = took / threads if len(chosen) < threads else took / len(chosen)
@@ -134,7 +155,7 @@ def _time(work: MergePlan, threads: int, device: str) -> tuple[float | None, int
     return total, sampled
 
 
-def _merge_some(work: MergePlan, chosen: list[Output], threads: int, device: str) -> float:
+def _merge_some(work: MergePlan, chosen: list[Output], way: _Way) -> float:
     start = time.perf_counter()
-    Run(work, _Thrown(), False, device).all(chosen, threads)
+    Run(work, _Thrown(), way.allow_nan, way.device).all(chosen, way.threads)
     return time.perf_counter() - start

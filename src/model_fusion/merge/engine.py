@@ -14,7 +14,7 @@ import torch
 from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.ahead import Ahead
 from model_fusion.checkpoint.output_folder import check_target
-from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
+from model_fusion.checkpoint.reader import Checkpoint, open_model
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.checkpoint.statistics import open_statistics
@@ -25,6 +25,7 @@ from model_fusion.merge import plan as planning
 from model_fusion.merge.execute import Run, check_device
 from model_fusion.merge.in_memory import Held, hold
 from model_fusion.merge.methods import get
+from model_fusion.merge.parameters import check_parameters, defaults
 from model_fusion.merge.plan import MergePlan, Method
 from model_fusion.merge.prepare import prepare
 from model_fusion.merge.stages import Made, Stages, parents, through
@@ -44,9 +45,9 @@ class _Choices:
 
     def open(self, name: str) -> Checkpoint:
         if self.opened is None:
-            return open_checkpoint(resolve(name, self.folder))
+            return open_model(resolve(name, self.folder))
         if name not in self.opened:
-            self.opened[name] = open_checkpoint(resolve(name, self.folder))
+            self.opened[name] = open_model(resolve(name, self.folder))
         return self.opened[name]
 
 
@@ -78,7 +79,7 @@ def _plan(
     """One merge; `named` are the merges that its models may mean."""
     if method is None:
         method = get(recipe.merge_method)
-    planning.check_parameters(recipe, method)
+    check_parameters(recipe, method)
     names = recipe.model_names()
     checkpoints = {name: named.get(name) or choices.open(name) for name in names}
     data = {text: open_statistics(text, choices.folder) for text in recipe.statistics()}
@@ -182,7 +183,7 @@ def merge(
         for number, name in enumerate(work.stages):
             # planned again: what was a promise is now a folder
             stage = _plan(work.recipe.merges[name], choices, _checkpoints(made))
-            whole = place.made(name, number, _key(stage), partial(_write, stage, flags=inner, made=dict(made)))
+            whole = place.made(name, number, _key(stage, device), partial(_write, stage, flags=inner, made=dict(made)))
             made[name] = Made(whole, parents(stage.every(), made))
         _write(_plan(work.recipe, choices, _checkpoints(made), method), output, flags, made)
     return output
@@ -204,10 +205,13 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
     # largest first, so that no thread is left alone with a big tensor at the end
     order = sorted(work.outputs, key=lambda item: -item.spec.nbytes)
     specs = [item.spec for item in work.outputs]
-    key = _key(work)
+    key = _key(work, flags.device)
     with CheckpointWriter(output, specs, key=key, shard_size=flags.shard_size, resume=flags.resume) as writer:
         run = Run(work, writer, flags.allow_nan, flags.device, flags.ahead)
-        run.all(order, flags.threads)
+        try:
+            run.all(order, flags.threads)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{flags.device} has too little memory: give fewer --threads, or --device cpu") from error
         for text in run.warnings():
             warnings.warn(f"{work.method.name}: {text}", stacklevel=2)
         files = {**_files(work), **flags.files}
@@ -221,7 +225,7 @@ def _write(work: MergePlan, output: Path, flags: _Flags, made: Mapping[str, Made
             through(writer.inputs_of, made),
             files,
             command=flags.command,
-            defaults=planning.defaults(work.method),
+            defaults=defaults(work.method),
             seed=work.recipe.seed,
             notes=[*work.notes(), *flags.notes],
         )
@@ -236,9 +240,10 @@ def _files(work: MergePlan) -> dict[str, bytes]:
     return files
 
 
-def _key(work: MergePlan) -> str:
-    """Identity of recipe and inputs."""
+def _key(work: MergePlan, device: str) -> str:
+    """Identity of recipe and inputs, and of what may change a last bit: the program and the device."""
     digest = hashlib.sha256(work.recipe.model_dump_json().encode())
+    digest.update(repr((lineage.own_version(), torch.__version__, device)).encode())
     digest.update(repr([(item.inputs, item.base, item.data) for item in work.outputs]).encode())
     digest.update(fingerprint(work.every()).encode())
     return digest.hexdigest()

@@ -20,8 +20,10 @@ from model_fusion.checkpoint.reader import Checkpoint, place_of
 from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.errors import InputError
 from model_fusion.merge.findings import unequal
+from model_fusion.merge.global_trim import find_cuts
 from model_fusion.merge.methods import Key
 from model_fusion.merge.methods.blocks import delta_square
+from model_fusion.merge.methods.selection import Cut
 from model_fusion.merge.plan import Input, MergePlan, Output
 
 _PART = 1 << 20
@@ -55,11 +57,13 @@ class Run:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._squares: dict[str, float] = {}
+        self._cuts: dict[str, list[Cut]] = {}
 
     def all(self, order: list[Output], threads: int) -> None:
         """Make every tensor that is not yet done; the first error stops the rest."""
         if self._ahead is not None:
             self._ahead.stop()
+        self._cuts = find_cuts(self._work, threads)
         todo = [item for item in order if item.spec.name not in self._writer.done]
         # one intra-op thread each: tensors are the parallelism, and sums do not depend on the machine's cores
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -118,7 +122,8 @@ class Run:
         count = len(item.inputs)
         models, base = tensors[:count], tensors[count] if item.base else None
         data = tensors[-count:] if item.data else None
-        key = Key(self._work.recipe.seed, item.spec.name, depth=item.depth, rows=item.rows, data=data)
+        cuts = self._cuts.get(item.spec.name)
+        key = Key(self._work.recipe.seed, item.spec.name, cuts=cuts, depth=item.depth, rows=item.rows, data=data)
         method = self._work.method
         if method.equal_norms and base is not None:
             self._measure(item, models, base)
@@ -155,6 +160,8 @@ def finite(flat: Tensor) -> bool:
     """Whether a flat tensor holds neither NaN nor Inf: no exponent is all ones."""
     if not flat.is_floating_point():
         return True
+    if flat.dtype.itemsize == 1:  # FP8: torch has no isfinite for it
+        flat = flat.float()
     if flat.dtype not in _EXPONENT or flat.device.type != "cpu":
         return bool(torch.isfinite(flat).all())
     ones = _EXPONENT[flat.dtype]

@@ -10,15 +10,17 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
+from model_fusion.architecture.align import family, multimodal
 from model_fusion.architecture.roles import role_of
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.lineage import licence_of
-from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
+from model_fusion.checkpoint.reader import Checkpoint, open_model
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.merge.findings import findings
 from model_fusion.merge.measures import Overlap, Spectrum, Sums, empty, overlap_of, spectra, sums
 from model_fusion.merge.ordered import ordered
+from model_fusion.merge.prepare import aligned_with
 from model_fusion.merge.spectrum import Leading
 from model_fusion.tokenizer.compare import compare
 from model_fusion.tokenizer.table import read_table
@@ -89,10 +91,13 @@ def inspect(
     """
     if len(set(models)) < len(models) or base in models:
         raise InputError("a model is named twice")
-    opened = [open_checkpoint(resolve(text)) for text in models]
-    own = open_checkpoint(resolve(base)) if base is not None else None
+    opened = [open_model(resolve(text)) for text in models]
+    own = open_model(resolve(base)) if base is not None else None
     if own is None and len(opened) < 2:
         raise InputError("one model alone has nothing to be compared with: give --base, or a second model")
+    named = next((c for c in [*([own] if own else []), *opened] if multimodal(c.config)), own or opened[0])
+    opened = [aligned_with(checkpoint, named) for checkpoint in opened]
+    own = aligned_with(own, named) if own else None
     everyone = [*opened, *([own] if own else [])]
     reference = own or opened[0]
     result = Inspection([_look(checkpoint, reference) for checkpoint in everyone], base)
@@ -141,7 +146,8 @@ def _look(checkpoint: Checkpoint, reference: Checkpoint) -> Looked:
 def _common(everyone: Sequence[Checkpoint], reference: Checkpoint) -> tuple[list[TensorSpec], list[str]]:
     """Float tensors that all have in one shape, in the reference's order; and what does not fit."""
     problems = []
-    kinds = {c.source.spec: c.config.get("model_type") for c in everyone}
+    towers = any(multimodal(c.config) for c in everyone)
+    kinds = {c.source.spec: family(c.config) if towers else c.config.get("model_type") for c in everyone}
     if len(set(kinds.values()) - {None}) > 1:
         problems.append("different architectures: " + ", ".join(f"{name} is {kind}" for name, kind in kinds.items()))
     own = reference.source.spec

@@ -46,15 +46,15 @@ class Layout:
         recipe: MergeRecipe,
         checkpoints: dict[str, Checkpoint],
         template: str,
-        heads: Iterable[str],
-        only_one: bool,
+        left_out: Iterable[str],
     ) -> None:
-        """`heads`: tied tensors that are not written. `only_one`: the method takes one model a slice."""
+        """`left_out`: tensors that are not written (tied heads, computed buffers)."""
         self.items: list[Item] = []
         self.picks: list[tuple[str, int]] | None = None
         self.problems: list[str] = []
-        self._recipe, self._checkpoints, self._template, self._once = recipe, checkpoints, template, only_one
-        self._names = [name for name in checkpoints[template].names if name not in set(heads)]
+        self._recipe, self._checkpoints, self._template = recipe, checkpoints, template
+        self._left_out = set(left_out)
+        self._names = [name for name in checkpoints[template].names if name not in self._left_out]
         self._lengths = stacks(self._names)
         if recipe.modules is None:
             self._part(recipe, self._names, [recipe.parameters])
@@ -92,9 +92,8 @@ class Layout:
             self.problems.append(f"{self._template} has no layers to slice")
             return
         stack = found[0]
-        all_sources = [source for part in parts for source in part.sources]
-        first = parts[0].sources if self._once else list({s.model: s for s in reversed(all_sources)}.values())[::-1]
-        last = parts[-1].sources if self._once else list({s.model: s for s in all_sources}.values())
+        # what stands before the layers goes with the first slice, what follows them with the last, as in mergekit
+        first, last = parts[0].sources, parts[-1].sources
         for name in names:
             if role_of(name).stack != stack:
                 early = before_layers(name)
@@ -113,7 +112,8 @@ class Layout:
     def _slice(self, part: Slice, stack: str, levels: Sequence[Parameters], picks: list[tuple[str, int]]) -> None:
         layers: list[list[list[str]]] = []
         for source in part.sources:
-            inside = _by_layer(self._checkpoints[source.model].names, stack)
+            own = self._checkpoints[source.model].names
+            inside = _by_layer([name for name in own if name not in self._left_out], stack)
             if source.layer_range[1] > len(inside):
                 text = f"layer_range {list(source.layer_range)}: {source.model} has {len(inside)} layers"
                 self.problems.append(text)

@@ -5,13 +5,13 @@ Every problem is collected, so that a user sees all of them at once and before a
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from model_fusion.architecture.align import backbone, family, multimodal
-from model_fusion.architecture.roles import Rows, depth_of, has_row_a_token, rows_of, stacks, tied
+from model_fusion.architecture.roles import Rows, computed, depth_of, has_row_a_token, rows_of, stacks, tied
 from model_fusion.architecture.stacking import stacked_config
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
@@ -19,13 +19,11 @@ from model_fusion.checkpoint.statistics import StatisticsFile
 from model_fusion.errors import InputError
 from model_fusion.merge.data import Data
 from model_fusion.merge.layout import Item, Layout
+from model_fusion.merge.parameters import names_of
 from model_fusion.merge.prepare import Prepared
 from model_fusion.recipe.merge import MergeRecipe, ModelEntry, Module, Parameters, SliceSource
-from model_fusion.recipe.parameters import evaluate, filters_of
+from model_fusion.recipe.parameters import evaluate, filters_of, fitted
 from model_fusion.recipe.reading import nearest
-
-# mergekit options that change its memory use, not the result
-_WITHOUT_EFFECT = {"int8_mask"}
 
 
 class Method(Protocol):
@@ -80,7 +78,7 @@ class Output:
 @dataclass(frozen=True)
 class MergePlan:
     """What `engine` executes. `template` is the model whose config the output gets, `files` its small files; `stages`
-    are the named merges to make first, in order; `data` the files of statistics."""
+    are the named merges to make first, in order; `data` the files of statistics; `left_out` are tensors not written."""
 
     recipe: MergeRecipe
     method: Method
@@ -91,38 +89,24 @@ class MergePlan:
     files: dict[str, bytes]
     stages: dict[str, "MergePlan"] = field(default_factory=dict)
     data: dict[str, StatisticsFile] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def every(self) -> dict[str, Checkpoint]:
         """All that is read, models and statistics."""
         return {**self.checkpoints, **self.data}
 
     def notes(self) -> list[str]:
-        """What the card should tell of the data."""
-        if not self.data:
-            return []
-        merged = [item for item in self.outputs if not item.copied]
-        own = sum(bool(item.data) for item in merged)
-        return [
-            f"{self.method.name}: {own} of {len(merged)} tensors have statistics; the other {len(merged) - own} are "
-            "weighted means"
-        ]
-
-
-def defaults(method: Method) -> dict[str, Any]:
-    """Parameter → the value it has where a recipe is silent, as recipes spell it."""
-    kinds = [kind for kind in (method.params, method.model_params) if kind is not None]
-    every = [own for kind in kinds for own in fields(kind) if own.default is not MISSING]
-    return {own.name.removesuffix("_"): own.default for own in every}
-
-
-def check_parameters(recipe: MergeRecipe, method: Method) -> None:
-    """Names of parameters against the method's own, before any model is looked for."""
-    own = [*_names(method.params), *_names(method.model_params)]
-    valid = {*(name.removesuffix("_") for name in own), *_WITHOUT_EFFECT}
-    for part in recipe.parts():
-        for name in part.parameters:
-            if name not in valid:
-                raise InputError(f"{recipe.merge_method} has no parameter {name!r}; {nearest(name, valid)}")
+        """What the card should tell beyond the recipe."""
+        found = []
+        if self.left_out:
+            names = f"{self.left_out[0]}{f' and {len(self.left_out) - 1} more' if len(self.left_out) > 1 else ''}"
+            found.append(f"left out, as not every model stores these buffers, which loaders compute: {names}")
+        if self.data:
+            merged = [item for item in self.outputs if not item.copied]
+            own = sum(bool(item.data) for item in merged)
+            kept = f"{own} of {len(merged)} tensors have statistics"
+            found.append(f"{self.method.name}: {kept}; the other {len(merged) - own} are weighted means")
+        return found
 
 
 def build(
@@ -148,7 +132,15 @@ def build(
         raise InputError(lines if len(planner.problems) == 1 else f"{len(planner.problems)} problems: {lines}")
     config = planner.config()
     return MergePlan(
-        recipe, method, ready.checkpoints, ready.template, planner.outputs, config, ready.files, data=dict(data or {})
+        recipe,
+        method,
+        ready.checkpoints,
+        ready.template,
+        planner.outputs,
+        config,
+        ready.files,
+        data=dict(data or {}),
+        left_out=planner.left_out,
     )
 
 
@@ -168,7 +160,7 @@ def _with_base(recipe: MergeRecipe, method: Method) -> MergeRecipe:
     def joined(part: MergeRecipe | Module, levels: Sequence[Parameters]) -> list[ModelEntry] | None:
         if part.models is None or any(entry.model == base for entry in part.models):
             return part.models
-        if "weight" in _names(method.model_params) and not any("weight" in level for level in levels):
+        if "weight" in names_of(method.model_params) and not any("weight" in level for level in levels):
             raise InputError(
                 f"{method.name} merges base_model {base} too, which has no weight: list it under models with one, or "
                 "remove base_model"
@@ -199,8 +191,8 @@ class _Planner:
         self.outputs: list[Output] = []
         self.data = Data(method, data)
         self.heads = self._heads()
-        once = method.max_models == 1
-        self.layout = Layout(recipe, self.checkpoints, self.name, self.heads, once)
+        self.left_out = self._left_out()
+        self.layout = Layout(recipe, self.checkpoints, self.name, {*self.heads, *self.left_out})
         self.problems += self.layout.problems
         self.lengths = stacks(item.out for item in self.layout.items)
         # a text model has no tower: what lies outside the backbone may be one model's alone
@@ -228,6 +220,14 @@ class _Planner:
                 if all(c.same(head, group[0]) for c in holders):
                     found[head] = group[0]
         return found
+
+    def _left_out(self) -> list[str]:
+        """Buffers that loaders compute, where not every model stores them."""
+        every = dict.fromkeys(
+            spec.name for c in self.checkpoints.values() for spec in c if computed(spec.name, spec.shape)
+        )
+        complete = all(name in checkpoint for name in every for checkpoint in self.checkpoints.values())
+        return [] if complete else list(every)
 
     def _check_models(self) -> None:
         method, recipe = self.method, self.recipe
@@ -338,7 +338,7 @@ class _Planner:
 
     def _values(self, kind: Any, levels: Sequence[Parameters], name: str, position: float) -> Any:
         given: dict[str, Any] = {}
-        for key in _names(kind):
+        for key in names_of(kind):
             for level in levels:
                 word = key.removesuffix("_")  # lambda is a keyword: the dataclasses spell it lambda_
                 value = evaluate(level[word], name, position) if word in level else None
@@ -348,8 +348,8 @@ class _Planner:
         if kind is None:
             return None
         try:
-            return kind(**given)
-        except (TypeError, ValueError, InputError) as error:
+            return kind(**fitted(kind, given))
+        except InputError as error:
             text = f"{self.method.name}: {error}"
             if text not in self.problems:
                 self.problems.append(text)
@@ -358,7 +358,7 @@ class _Planner:
     def _check_extra(self) -> None:
         for model, checkpoint in self.checkpoints.items():
             for name in checkpoint.names:
-                if name not in self.template and name not in self.heads:
+                if name not in self.template and name not in self.heads and name not in self.left_out:
                     self.problems.append(f"{model}: extra tensor {name!r}, which {self.name} does not have")
 
     def _check_filters(self) -> None:
@@ -385,7 +385,3 @@ class _Planner:
             for place, key in keys or [(config, "torch_dtype")]:
                 place[key] = dtype
         return config
-
-
-def _names(kind: Any) -> list[str]:
-    return [own.name for own in fields(kind)] if kind is not None else []

@@ -56,8 +56,12 @@ def prepare(
     if not multimodal(checkpoints[template].config):  # a text model has no place for a tower
         template = next((name for name, c in checkpoints.items() if multimodal(c.config)), template)
     own = checkpoints[template]
-    views = {name: _with_head(_aligned(checkpoint, own), own) for name, checkpoint in checkpoints.items()}
+    views = {name: aligned_with(checkpoint, own) for name, checkpoint in checkpoints.items()}
+    wanted = heads(own.names) or _untied_heads(views, own)
+    views = {name: _with_heads(view, wanted) for name, view in views.items()}
     ready = Prepared(views, template, own.files(), json.loads(json.dumps(own.config)))
+    if wanted and not heads(own.names):
+        _untie(ready.config)
     try:
         _Tokens(recipe, ready, other_tokenizer).run()
     except InputError as error:
@@ -80,18 +84,36 @@ def _remote_code(ready: Prepared, own: Checkpoint, trusted: bool) -> None:
         )
 
 
-def _aligned(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
-    """The checkpoint under the template's names."""
+def aligned_with(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """The checkpoint under the template's names, where one of the two has a tower."""
     if checkpoint is template or not (multimodal(checkpoint.config) or multimodal(template.config)):
         return checkpoint
     names = aligned(checkpoint.names, template.names)
     return checkpoint if all(new == old for new, old in names.items()) else Renamed(checkpoint, names)
 
 
-def _with_head(checkpoint: Checkpoint, template: Checkpoint) -> Checkpoint:
-    """A tied checkpoint, which stores no head, beside a template that does: its head is its embedding."""
+def _untied_heads(views: Mapping[str, Checkpoint], own: Checkpoint) -> list[str]:
+    """Heads that are not their model's embedding, though the template `own` ties the two: the output cannot."""
+    if not ties(own.config) or input_embedding(own.names) is None:
+        return []
+    for view in views.values():
+        embedding = input_embedding(view.names)
+        found = [head for head in heads(view.names) if embedding is None or not view.same(head, embedding)]
+        if found and not ties(view.config):
+            return found
+    return []
+
+
+def _untie(config: dict[str, Any]) -> None:
+    config["tie_word_embeddings"] = False
+    for inner in [value for value in config.values() if isinstance(value, dict) and "tie_word_embeddings" in value]:
+        inner["tie_word_embeddings"] = False
+
+
+def _with_heads(checkpoint: Checkpoint, wanted: list[str]) -> Checkpoint:
+    """A tied checkpoint, which stores no head, beside one that does: its head is its embedding."""
     embedding = input_embedding(checkpoint.names)
-    absent = [name for name in heads(template.names) if name not in checkpoint]
+    absent = [name for name in wanted if name not in checkpoint]
     if not absent or embedding is None or not ties(checkpoint.config):
         return checkpoint
     return Renamed(checkpoint, {name: name for name in checkpoint.names} | dict.fromkeys(absent, embedding))

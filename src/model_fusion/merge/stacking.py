@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from model_fusion.architecture.roles import main_stack
-from model_fusion.checkpoint.reader import open_checkpoint
+from model_fusion.checkpoint.reader import open_model
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.recipe.random_stack import random_stack
@@ -27,7 +27,7 @@ def write_random_stack(
         raise InputError(f"{output} already exists: choose another name")
     lengths = []
     for name in models:
-        found = main_stack(open_checkpoint(resolve(name)).names)
+        found = main_stack(open_model(resolve(name)).names)
         if found is None:
             raise InputError(f"{name} has no layers to stack")
         lengths.append((name, found[1]))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from model_fusion.errors import InputError
 from model_fusion.recipe.documents import in_order, joined
+from model_fusion.recipe.mergekit import translated
 from model_fusion.recipe.parameters import check_value
 from model_fusion.recipe.reading import mistake, nearest, yaml_documents
 from model_fusion.recipe.tokenizer import ModelToken, TokenEmbedding, TokenizerSpec, Zero
@@ -155,6 +156,7 @@ def parse(data: Any, where: str = "recipe") -> MergeRecipe:
     """A recipe from plain data."""
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected keys such as merge_method and models")
+    data = translated(data, where)
     named = data.get("merges")
     for name, inner in (named if isinstance(named, dict) else {}).items():
         place = f"{where}: merge {str(name)!r}"
@@ -184,12 +186,13 @@ def _check_document(data: Any, where: str) -> None:
 
 
 def _check_models(data: dict[str, Any], where: str) -> None:
-    for i, entry in enumerate(_items(data.get("models"))):
+    for i, entry in enumerate(_items(data, "models", where, "`model: a`")):
         _check_keys(entry, ModelEntry, f"{where}: models[{i}]")
-    for i, part in enumerate(_items(data.get("slices"))):
-        _check_keys(part, Slice, f"{where}: slices[{i}]")
-        for j, source in enumerate(_items(part.get("sources"))):
-            _check_keys(source, SliceSource, f"{where}: slices[{i}].sources[{j}]")
+    for i, part in enumerate(_items(data, "slices", where, "`sources: [{model: a, layer_range: [0, 8]}]`")):
+        place = f"{where}: slices[{i}]"
+        _check_keys(part, Slice, place)
+        for j, source in enumerate(_items(part, "sources", place, "`{model: a, layer_range: [0, 8]}`")):
+            _check_keys(source, SliceSource, f"{place}.sources[{j}]")
 
 
 def _check_tokenizer(data: Any, where: str) -> None:
@@ -211,8 +214,14 @@ def _check_tokenizer(data: Any, where: str) -> None:
             _check_keys(source, kinds[kind], place)
 
 
-def _items(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def _items(data: dict[str, Any], key: str, where: str, example: str) -> list[dict[str, Any]]:
+    value = data.get(key)
+    if value is not None and not isinstance(value, list):
+        raise InputError(f"{where}: {key}: expected a list, with entries such as {example}")
+    for i, item in enumerate(value or []):
+        if not isinstance(item, dict):
+            raise InputError(f"{where}: {key}[{i}]: expected a mapping such as {example}, got {item!r}")
+    return value or []
 
 
 def _check_keys(data: dict[str, Any], kind: type[BaseModel], where: str) -> None:

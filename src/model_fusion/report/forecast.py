@@ -11,7 +11,7 @@ def forecast(found: Any) -> str:
         lines += [f"  {'base  ' if model == merge.base else 'model '} {model}" for model in merge.models]
         lines.append(f"  reads {merge.read / 1e9:.3f} GB, writes {merge.written / 1e9:.3f} GB")
         if merge.seconds is None:
-            lines.append("  time unknown: its inputs do not exist yet")
+            lines.append(f"  time unknown: {merge.unknown}")
         else:
             about = f"  about {_time(merge.seconds)} with {found.threads} threads: an estimate, from {merge.sampled}"
             lines.append(

@@ -55,6 +55,10 @@ def template_of(files: Mapping[str, bytes], where: str) -> str | None:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_object(files, name, where).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = next(
+                (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None
+            )
         if isinstance(found, str):
             return found
     return None

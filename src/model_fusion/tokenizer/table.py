@@ -9,7 +9,8 @@ from model_fusion.errors import InputError
 
 VOCABULARY_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.bpe", "bpe.codes",
+    "tiktoken.model", "qwen.tiktoken",
 )  # fmt: skip
 """Files that hold a vocabulary: all of them change, or go, when the vocabulary does."""
 

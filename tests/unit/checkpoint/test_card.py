@@ -51,7 +51,7 @@ def test_licence_follows_the_parents(
 def test_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
     out = merged(tmp_path, ("mit", "mit"))
     head, body = read(out)
-    assert head["base_model"] == ["a", "b"]
+    assert "base_model" not in head  # folders: the hub refuses a card whose base it does not know
     assert {"model-fusion", "merge", "ties"} <= set(head["tags"])
     lineage = (out / "model_fusion.json").read_bytes()
     assert hashlib.sha256(lineage).hexdigest() in body
@@ -61,6 +61,16 @@ def test_card_says_where_the_model_comes_from(tmp_path: Path) -> None:
     assert "| lambda | 1.0 | default |" in body
     assert "| density | of each part | recipe, below |" in body
     assert "seed 3" in body
+
+
+def test_models_of_the_hub_are_linked(tmp_path: Path) -> None:
+    record = json.loads((merged(tmp_path, ("mit", "mit")) / "model_fusion.json").read_text())
+    one, two = record["parents"]
+    parents = [one | {"model": "org/tiny@v2+folder/lora", "revision": "abc"}, two]
+    front = card.build(json.dumps(record | {"parents": parents}).encode()).decode().split("---\n")[1]
+    head = yaml.safe_load(front)
+    assert head["base_model"] == ["org/tiny"]
+    assert head["base_model_relation"] == "merge"
 
 
 def test_the_recipe_in_the_card_makes_the_same_bytes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.reader import Checkpoint
+from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.checkpoint.writer import CheckpointWriter
 from model_fusion.errors import InputError
@@ -154,3 +155,17 @@ def test_resolve_prefers_a_folder_whose_name_holds_a_plus(tmp_path: Path) -> Non
     assert resolve("x+y", tmp_path).adapter is None
     (tmp_path / "x+y").rmdir()
     assert resolve("x+y", tmp_path) == Source("x+y", tmp_path / "x", tmp_path / "y")
+
+
+def test_small_files_that_a_loader_wants_are_taken(tmp_path: Path) -> None:
+    wanted = {"video_preprocessor_config.json", "tekken.json", "qwen.tiktoken", "tokenizer.json", "chat_template.jinja"}
+    for name in [
+        *wanted,
+        "training_args.bin",
+        "optimizer.pt",
+        "trainer_state.json",
+        "notes.txt",
+        "tokenizer_report.json",
+    ]:
+        (tmp_path / name).touch()
+    assert set(small_files(tmp_path)) == wanted

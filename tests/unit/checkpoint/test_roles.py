@@ -2,7 +2,7 @@
 
 import pytest
 
-from model_fusion.architecture.roles import main_stack, role_of, tied, with_layer
+from model_fusion.architecture.roles import computed, main_stack, role_of, tied, with_layer
 from model_fusion.architecture.stacking import stacked_config
 
 
@@ -51,3 +51,19 @@ def test_stacked_config_reslices_lists_and_renumbers_layers() -> None:
     text = stacked_config(config, [(config, i) for i in (0, 1, 1, 2)])["text_config"]
     assert text == {"num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c"], "mlp_only_layers": [1, 2]}
     assert config["text_config"]["num_hidden_layers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.3.self_attn.rotary_emb.inv_freq", (64,), True),
+        ("h.0.attn.bias", (1, 1, 1024, 1024), True),
+        ("gpt_neox.layers.0.attention.masked_bias", (), True),
+        ("bert.embeddings.position_ids", (1, 512), True),
+        ("h.0.attn.c_attn.bias", (2304,), False),
+        ("layer.0.attn.bias", (768,), False),
+        ("model.layers.0.mlp.gate.e_score_correction_bias", (64,), False),
+    ],
+)
+def test_buffers_that_loaders_compute(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert computed(name, shape) is expected

@@ -228,7 +228,7 @@ def expect_groups(found: module.Inspection) -> None:
 
 
 def state(name: str) -> dict[str, Any]:
-    checkpoint = module.open_checkpoint(module.resolve(name))
+    checkpoint = module.open_model(module.resolve(name))
     return {tensor: checkpoint.read(tensor).double().numpy() for tensor in checkpoint.names}
 
 

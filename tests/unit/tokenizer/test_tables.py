@@ -148,3 +148,9 @@ def test_built_in_templates_say_what_their_models_expect(name: str) -> None:
     template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(BUILT_IN[name])
     said = template.render(messages=TALK, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
     assert said == SAID[name]
+
+
+def test_of_several_named_templates_the_default_is_meant() -> None:
+    named = b'{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d{{1}}"}]}'
+    assert template_of({"tokenizer_config.json": named}, "x") == "d{{1}}"
+    assert template_of({"tokenizer_config.json": b'{"chat_template": [{"name": "rag", "template": "r"}]}'}, "x") is None

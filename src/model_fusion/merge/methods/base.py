@@ -19,6 +19,7 @@ from torch import Tensor
 from model_fusion.architecture.roles import Rows
 from model_fusion.errors import InputError
 from model_fusion.merge.methods.selection import Cut
+from model_fusion.recipe.parameters import fitted
 
 CHUNK = 1 << 17
 """Elements per chunk: a few float32 buffers of it fit in a core's second-level cache."""
@@ -215,7 +216,7 @@ def register(method: Method) -> Method:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known word closest to a misspelt one."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.0)
     return close[0] if close else ""
 
 
@@ -239,4 +240,4 @@ def build(kind: type, values: dict[str, Any], owner: str) -> Any:
         if name not in names:
             hint = f"; did you mean {nearest(name, names)!r}?" if names else " (it takes none)"
             raise InputError(f"{owner} has no parameter {name!r}{hint}")
-    return kind(**renamed)
+    return kind(**fitted(kind, renamed))

@@ -72,7 +72,7 @@ def _stock_ratio(
     for value, (i, j) in zip(dots, pairs, strict=True):
         scale = math.sqrt(squares[i] * squares[j])
         cosine = max(-1.0, min(1.0, value / scale)) if scale > 0 else 0.0
-        cosines.append(torch.tensor([cosine], dtype=torch.float64))
+        cosines.append(torch.tensor([cosine], dtype=torch.float64, device=base.device))
     return _ratio(cosines, n)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,18 +25,23 @@ def global_cuts(tensors: Sequence[tuple[Tensor, Tensor]], density: float) -> lis
 
     Equal magnitudes at the threshold are kept by the tensors' order, then by flat index.
     """
-    blocks = [(pair, i) for pair in tensors for i in range(len(sizes(pair[0].numel())))]
-    lengths = [n for pair in tensors for n in sizes(pair[0].numel())]
+    return cuts_together([model.numel() for model, _ in tensors], tensors.__getitem__, density)
+
+
+def cuts_together(numels: Sequence[int], pair: Callable[[int], tuple[Tensor, Tensor]], density: float) -> list[Cut]:
+    """As `global_cuts`, of pairs that are asked for by number, in order, a few times each."""
+    blocks = [(number, i) for number, numel in enumerate(numels) for i in range(len(sizes(numel)))]
+    lengths = [n for numel in numels for n in sizes(numel)]
 
     def block(i: int, step: int) -> Tensor:
-        (model, base), number = blocks[i]
-        return delta_blocks(model, base)(number, step)
+        number, inner = blocks[i]
+        return delta_blocks(*pair(number))(inner, step)
 
     whole = cuts(block, lengths, [kept(density, sum(lengths))])[0]
     out, offset = [], 0
-    for model, _ in tensors:
+    for numel in numels:
         out.append(Cut(whole.threshold, whole.last - offset))
-        offset += model.numel()
+        offset += numel
     return out
 
 
