@@ -1,6 +1,6 @@
 """SmolLM2-135M with three FFN-LoRA experts: how long the build takes, and the verdict on the mixture.
 
-python benchmarks/mix_smollm2.py --json out.json [--experts dialogue,code,prose] [--judged 1024]
+python benchmarks/mix_smollm2.py --json out.json [--experts dialogue,code,prose] [--judged 1024] [--gates ridge,prefix]
 
 The experts are the committed adapters of the language bench (rank 4 on the FFNs, 100 steps each; see
 language_experts.py). Gates are calibrated and judged on text that no expert was trained on, by document.
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--experts", default=",".join(DOMAINS[:3]))
     parser.add_argument("--judged", type=int, default=1024, help="judged tokens a domain")
+    parser.add_argument("--gates", default="ridge,prefix")
     args = parser.parse_args()
     logging.disable_progress_bar()
     names, report = args.experts.split(","), dict[str, Any](machine=machine(), judged=args.judged)
@@ -53,7 +54,7 @@ def main() -> None:
             entries.append({"model": model, "name": name, "texts": [str(root / "texts" / name)]})
         recipe = {"base_model": "smollm2", "experts": entries, "calibration_tokens": 1024}
         report["verdict"] = {}
-        for gate in ("random", "ridge", "prefix"):
+        for gate in ("random", *args.gates.split(",")):
             began, cpu = time.perf_counter(), time.process_time()
             out = build({**recipe, "gate": gate}, root / gate).folder
             report[f"build_{gate}"] = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}

@@ -69,6 +69,22 @@ def test_heads_that_do_not_divide_the_width(tmp_path: Path, texts: dict[str, lis
     check_widening_changes_nothing("llama", tmp_path, texts, num_attention_heads=8, num_key_value_heads=8)
 
 
+@pytest.mark.parametrize("settings", [{"trunk": "average"}, {"dtype": "bfloat16"}, {"layers": [1]}])
+@torch.no_grad()
+def test_it_is_the_mixture_that_random_gates_make(
+    settings: dict[str, Any], tmp_path: Path, texts: dict[str, list[str]]
+) -> None:
+    """Other trunks, other dtypes, chosen layers: an expert forced in both answers alike."""
+    folders, found = [write(tmp_path / f"m{i}", "qwen3", i) for i in range(2)], []
+    folders[1] = write(tmp_path / "m1", "qwen3", 1, trunk=None if "trunk" in settings else model("qwen3", 0))
+    for gate in ("random", "prefix"):
+        mixed = load_mixed(build(recipe(folders, texts, **{"gate": gate, **settings}), tmp_path / gate).folder)
+        with replaced(moe_layers(mixed), fixed([0.0, 1.0])):
+            found.append(mixed(IDS).logits)
+    bar = 0.02 * float(found[0].abs().max()) if "dtype" in settings else 1e-5  # norms' weights are rounded once more
+    assert (found[0] - found[1]).abs().max() <= bar
+
+
 @pytest.mark.parametrize("wrong", ["shrink", "small", "eps"])
 def test_wrong_widening_is_seen(
     wrong: str, tmp_path: Path, texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch

@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mix_fixtures import TEXTS, two_domains
+from mix_fixtures import KINDS, TEXTS, model, two_domains, write
 from model_fusion.errors import InputError
 from model_fusion.mix import train as training
 from model_fusion.mix.build import build
+from model_fusion.mix.families import FAMILIES
+from model_fusion.mix.families.query_mixture import QUERY_MIXTURE
 from model_fusion.mix.train import RouterSettings, balance_loss, train_router
+from model_fusion.mix.verdict import evaluate
 
 QUICK = RouterSettings(window=16, steps=12, batch_size=4, validate_every=4, learning_rate=5e-2)
 
@@ -25,6 +28,26 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 def routers(folder: Path) -> torch.Tensor:
     state = load_file(folder / "model.safetensors")
     return torch.stack([state[name] for name in sorted(state) if name.endswith("gate.weight")])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "q_proj"])
+def test_the_routers_alone_change_in_every_family(kind: str, tmp_path: Path) -> None:
+    """Layers × experts × width numbers; every other tensor bit for bit; the verdict runs before and after."""
+    dense = "llama" if kind == "q_proj" else kind
+    models = [write(tmp_path / f"m{i}", dense, i, None if kind == "q_proj" else model(dense, 0)) for i in range(2)]
+    experts = [{"model": str(folder), "name": name} for folder, name in zip(models, TEXTS, strict=True)]
+    recipe = {"base_model": str(models[0]), "experts": experts, "gate": "random"}
+    out = build({**recipe, "mix": "q_proj" if kind == "q_proj" else "ffn"}, tmp_path / "out").folder
+    texts = {name: [letters * 30] * 5 for name, letters in TEXTS.items()}
+    before, judged = load_file(out / "model.safetensors"), evaluate(out, texts, window=16)
+    done = train_router(out, texts, QUICK, progress=False)
+    after = load_file(out / "model.safetensors")
+    family = QUERY_MIXTURE if kind == "q_proj" else FAMILIES[KINDS[kind][1]]
+    assert done.kept
+    assert done.parameters == 2 * 2 * 32
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{n}.{family.gate}" for n in (0, 1)}
+    assert evaluate(out, texts, window=16).routed < judged.routed
 
 
 def check_balance() -> None:

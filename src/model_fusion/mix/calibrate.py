@@ -1,6 +1,7 @@
 """Starts the gates of a plan: runs the dense trunk on the experts' texts or prompts where a gate needs that."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,14 @@ class _Calibration:
                 ridge=recipe.ridge,
                 embeddings=self._embeddings,
                 hidden=self._hidden,
-                statistics=self._statistics if room is None else self._prefixes,
-                evidence=-1 if room is None else room.evidence,
+                statistics=self._statistics if room is None else partial(self._prefixes, room),
+                means=slice(0) if room is None else room.means,
             )
         )
         if not bool(torch.isfinite(gates).all()):
             raise InputError(f"gate {gate.name} gave NaN or Inf: check the base model's weights and the texts")
-        return Calibrated(gates, accuracy(gates, self._domains) if self._domains else [], self._evidence)
+        read = gates if room is None else gates[..., room.means]
+        return Calibrated(gates, accuracy(read, self._domains) if self._domains else [], self._evidence)
 
     def _trunk(self) -> Any:
         if self._model is None:
@@ -165,14 +167,11 @@ class _Calibration:
             )
         return found
 
-    def _prefixes(self) -> list[Statistics]:
-        """Gate prefix: counts of the windows that are no probes, then the widened trunk's router inputs on the probes.
-
-        Those are measured twice: first to see how large each layer's running means are, then at size one.
+    def _prefixes(self, room: Room) -> list[Statistics]:
+        """Gate prefix: counts of the windows that are no probes; on the probes, the running means [L, N, E] that the
+        widened trunk's routers see, brought to size one. Only these channels are kept: a probe is the only statistic.
         """
         plan, tokenizer = self.plan, self._tokenizer()
-        if plan.room is None:
-            raise AssertionError("gate prefix without room")
         ids = [self._ids(n, e, tokenizer) for n, e in zip(plan.recipe.names(), self.experts, strict=True)]
         probes, counted = zip(*(probing(i) for i in ids), strict=True)
         dense = self._trunk()
@@ -180,17 +179,16 @@ class _Calibration:
         counts = [torch.bincount(i[c].flatten(), minlength=len(embedding)) for i, c in zip(ids, counted, strict=True)]
         layers = int(plan.dense["num_hidden_layers"])
         evidence = Evidence.of(token_table(counts), embedding, layers)
-        seen = slice(plan.room.evidence, plan.room.evidence + len(self.experts))
-        model = widened(dense, plan.room, evidence)
+        model = widened(dense, room, evidence)
         found = []
-        for windows_, chosen in zip(ids, probes, strict=True):
-            parts = [router_inputs(model, windows_[n : n + 1], plan.mixed, plan.family.router_input) for n in chosen]
-            found.append(Statistics.empty(len(plan.mixed), plan.room.width))
-            found[-1].probe = torch.cat(parts, dim=1)
-        size = torch.cat([f.probe[:, :, seen] for f in found], dim=1).square().mean((1, 2)).sqrt()
+        for own, chosen in zip(ids, probes, strict=True):
+            parts = [router_inputs(model, own[n : n + 1], plan.mixed, plan.family.router_input) for n in chosen]
+            means = torch.cat([part[:, :, room.means] for part in parts], dim=1)
+            found.append(Statistics(0, torch.empty(0), torch.empty(0), means))
+        size = torch.cat([f.probe for f in found], dim=1).square().mean((1, 2)).sqrt()
         evidence.gains[plan.mixed] = torch.where(size > 1e-6, 1 / size, 1.0)  # equal texts say nothing
         for each in found:
-            each.probe[:, :, seen] *= evidence.gains[plan.mixed][:, None, None]
+            each.probe *= evidence.gains[plan.mixed][:, None, None]
         self._domains, self._evidence = found, evidence
         return found
 

@@ -50,9 +50,14 @@ class Room:
         return -(-(self.hidden + 2 * self.experts) // unit) * unit
 
     @property
-    def evidence(self) -> int:
-        """The first channel that holds a running mean."""
-        return self.hidden + self.experts
+    def counts(self) -> slice:
+        """The channels that hold a token's own log counts."""
+        return slice(self.hidden, self.hidden + self.experts)
+
+    @property
+    def means(self) -> slice:
+        """The channels that hold the running means."""
+        return slice(self.hidden + self.experts, self.hidden + 2 * self.experts)
 
     @property
     def shrink(self) -> float:
@@ -106,21 +111,20 @@ def widen(name: str, tensor: Tensor, room: Room, evidence: Evidence) -> Tensor:
     """A dense tensor, by its dense name, with room for the evidence; dtype as it was."""
     old, new = tuple(tensor.shape), room.shape(name, tuple(tensor.shape))
     made = pad(tensor.float(), [side for a, b in zip(reversed(old), reversed(new), strict=True) for side in (0, b - a)])
-    own, means = slice(room.hidden, room.evidence), slice(room.evidence, room.evidence + room.experts)
     layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
     if name.endswith("norm.weight") and old != new:
         made[: room.hidden] *= room.shrink
     if name.endswith("embed_tokens.weight"):
         size = (tensor.float().square().mean(1, keepdim=True) + room.eps).sqrt()  # layer 0's norm divides by it
-        made[:, own] = _SMALL * size * evidence.table
+        made[:, room.counts] = _SMALL * size * evidence.table
     elif name.endswith("input_layernorm.weight") and layer == 0:
-        made[own] = room.shrink / _SMALL
+        made[room.counts] = room.shrink / _SMALL
     elif name.endswith("v_proj.weight") and layer == 0:
         start = room.groups * room.head_dim
-        made[start : start + room.experts, own] = torch.eye(room.experts)
+        made[start : start + room.experts, room.counts] = torch.eye(room.experts)
     elif name.endswith("o_proj.weight") and layer == 0:
         start = room.heads * room.head_dim
-        made[means, start : start + room.experts] = _SMALL * evidence.size * torch.eye(room.experts)
+        made[room.means, start : start + room.experts] = _SMALL * evidence.size * torch.eye(room.experts)
     elif name.endswith("post_attention_layernorm.weight"):
-        made[means] = evidence.gains[layer] / (_SMALL * evidence.size)
+        made[room.means] = evidence.gains[layer] / (_SMALL * evidence.size)
     return made.to(tensor.dtype)

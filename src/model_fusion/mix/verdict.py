@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_fusion.mix.calibrate import tokenizer_of
-from model_fusion.mix.domains import Domains, Texts, gather, prepare
+from model_fusion.mix.domains import Domains, Texts, gather, prepare, recipe_of
 from model_fusion.mix.load import load_mixed
 from model_fusion.mix.routing import MoELayer, family_of, fixed, moe_layers, replaced, souped, watched
 from model_fusion.mix.train import next_token_loss
@@ -59,11 +59,11 @@ def evaluate(
     """Judge a mixed folder on the held-out part of each domain's text."""
     model = load_mixed(folder)
     domains = prepare(gather(folder, texts), tokenizer_of(folder), window, tokens)
-    return judge(model, domains)
+    return judge(model, domains, gate=recipe_of(folder).get("gate"))
 
 
-def judge(model: Any, domains: Domains) -> Verdict:
-    """The verdict on a loaded model."""
+def judge(model: Any, domains: Domains, gate: str | None = None) -> Verdict:
+    """The verdict on a loaded model; `gate`: how its routers started."""
     run = _Run(model, domains)
     names, count = list(domains.held_out), len(domains.held_out)
     forced = [run.losses(run.forced(e)) for e in range(count)]
@@ -84,13 +84,15 @@ def judge(model: Any, domains: Domains) -> Verdict:
         load=watch.load(),
         mismatch=run.mismatch(),
         nats={name: sum(values) / count for name, values in mean.items()},
-        sentence=sentence(headroom, bits, watch.accuracy(), family_of(model.config.model_type).widens),
+        sentence=sentence(
+            headroom, bits, watch.accuracy(), gate != "prefix" and family_of(model.config.model_type).widens
+        ),
     )
 
 
 def sentence(headroom: float, bits: dict[str, float], accuracy: list[float], widens: bool) -> str:
     """The verdict in words; `bits` holds oracle, soup, gateless and routed in bits per byte, `accuracy` each layer's,
-    `widens` says whether this kind of mixture can have gate prefix."""
+    `widens` says whether this mixture could have gate prefix, and has not."""
     won = bits["gateless"] - bits["routed"]
     share = f"; the routers as they are win {won:.3f} of it" if won > 0 else "; the routers as they are win none of it"
     if headroom < WORTH:

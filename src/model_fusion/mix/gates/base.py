@@ -1,7 +1,7 @@
 """What a gate may ask for, and what it returns: one matrix [E, H] for every mixed layer. Knows no file."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,7 +15,7 @@ Needs = Literal["nothing", "embeddings", "prompts", "statistics"]
 
 @dataclass(frozen=True)
 class GateInputs:
-    """layers L, experts E, hidden H; evidence: the first channel of the running means (gate prefix).
+    """layers L, experts E, hidden H; means: the channels of the running means (gate prefix).
     The callables are only called by gates that need them.
 
     embeddings(negative): per expert, the mean over its prompts of the summed token embeddings [H].
@@ -32,7 +32,7 @@ class GateInputs:
     embeddings: Callable[[bool], list[Tensor | None]]
     hidden: Callable[[bool, bool], list[Tensor | None]]
     statistics: Callable[[], list["Statistics"]]
-    evidence: int = -1
+    means: slice = field(default_factory=lambda: slice(0))
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,10 @@ def token_table(counts: list[Tensor]) -> Tensor:
 
 def prefix(inputs: GateInputs) -> Tensor:
     """Every expert's row reads its own running mean; per layer, the sharpness that best tells the domains apart."""
-    domains = inputs.statistics()
     rows = torch.zeros(inputs.layers, inputs.experts, inputs.hidden_size)
-    for expert in range(inputs.experts):
-        rows[:, expert, inputs.evidence + expert] = 1.0
-    return sharpen(rows, domains)
+    own = torch.eye(inputs.experts).expand(inputs.layers, -1, -1)
+    rows[..., inputs.means] = sharpen(own, inputs.statistics())
+    return rows
 
 
 PREFIX = Gate("prefix", "statistics", prefix)
