@@ -151,6 +151,22 @@ def test_a_wrong_recipe_is_one_line(change: dict[str, Any], message: str) -> Non
     assert "\n" not in str(error.value)
 
 
+def test_paths_inside_a_shared_merge_start_from_the_recipe(tmp_path: Path) -> None:
+    for name in ("a", "b", "t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.gram.safetensors").touch()
+    models = [{"model": name, "statistics": f"{name}.gram.safetensors"} for name in "ab"]
+    data = {
+        "shared": {"merge": {"merge_method": "regmean", "models": models, "tokenizer_source": "b"}},
+        "experts": [{"model": name, "name": name, "texts": ["t"]} for name in "ab"],
+    }
+    (tmp_path / "twin.yml").write_text(yaml.safe_dump(data))
+    merge = load(tmp_path / "twin.yml").merge_recipe()
+    at = tmp_path.resolve()
+    assert [one["statistics"] for one in merge["models"]] == [str(at / f"{name}.gram.safetensors") for name in "ab"]
+    assert (merge["models"][1]["model"], merge["tokenizer_source"]) == (str(at / "b"), str(at / "b"))
+
+
 def test_short_texts_and_existing_folders_leave_nothing(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
