@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 
 from model_fusion.recipe.strict import Strict, read_yaml, validated
 
-
 _PATHS = ("model", "base", "base_model", "texts", "statistics", "tokenizer_source")
 
 
