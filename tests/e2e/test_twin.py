@@ -22,6 +22,7 @@ from model_fusion.errors import InputError, IntegrityError
 from model_fusion.evaluate.safety.audit import _from_lineage
 from model_fusion.recipe.twin import load, parse
 from model_fusion.run.load import generate
+from model_fusion.run.twin import route
 
 WORDS = {"upper": "THE CAT SAT ON THE MAT. ", "digits": "1 22 333 4444 55555. "}
 
@@ -85,6 +86,25 @@ def test_the_shared_model_is_the_merge_and_full_rank_gives_the_experts_back(made
     for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "shared").state_dict().items():
         summed = states[0][key] + 0.3 * sum(state[key] - states[0][key] for state in states[1:])
         torch.testing.assert_close(value, summed, atol=1e-5, rtol=1e-5)
+
+
+def test_route_shows_what_generate_weighs(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["THE CAT SAT ON THE", "22 333 4444"]
+    words = ["model-fusion", "dynamic", "route", str(made / "out"), "--prompt", prompts[0], "--prompt", prompts[1]]
+    monkeypatch.setattr(sys, "argv", words)
+    command.main()
+    upper, digits = capsys.readouterr().out.splitlines()
+    assert upper.startswith("upper ")
+    assert digits.startswith("digits ")
+    twin, tokenizer = mf.TwinForCausalLM.from_pretrained(made / "out"), AutoTokenizer.from_pretrained(made / "out")
+    ids = tokenizer(prompts[1] + "\n", return_tensors="pt")["input_ids"]  # what generate asks without a chat template
+    weights = twin.generate(ids, max_new_tokens=1, return_dict_in_generate=True, pad_token_id=0)
+    want = weights.past_key_values.expert_weights[0].tolist()
+    assert digits == f"digits {want[1]:.2f}, upper {want[0]:.2f}"
+    with pytest.raises(InputError, match="no twin here"):
+        route(made / "base", ["a"])
 
 
 def test_lineage_card_and_verify_know_the_folder(made: Path, tmp_path: Path) -> None:
