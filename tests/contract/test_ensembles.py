@@ -15,10 +15,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import lora_fixtures
+import mix_fixtures
 import tokenizer_fixtures as words
 from model_fusion.checkpoint.llm import load_llm, resolve_llm
 from model_fusion.cli.main import main
 from model_fusion.dynamic import averaged, union
+from model_fusion.dynamic import ensemble as opening
 from model_fusion.dynamic.averaged import AveragedModels, Caches, mean_of
 from model_fusion.dynamic.ensemble import Ensemble, ensemble
 from model_fusion.dynamic.union import END, Member, UnionOfModels, _Reader
@@ -278,3 +281,22 @@ def test_one_vocabulary_is_averaged_and_several_are_united() -> None:
     opened = Ensemble([Member(model, own), Member(model, own)])
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     assert opened.generate(chat, max_new_tokens=8) == opened.union.generate(chat, max_new_tokens=8)
+
+
+def adapted_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `base+adapter` opened by an ensemble, and of peft's own merge."""
+    base = mix_fixtures.model("llama", 0)
+    base.save_pretrained(folder / "base")
+    mix_fixtures.bytes_tokenizer(folder / "base")
+    merged = lora_fixtures.adapter(base, folder / "lora", target_modules=["q_proj", "down_proj"], r=2)
+    opened = ensemble([f"{folder / 'base'}+{folder / 'lora'}", folder / "base"], dtype=torch.float32)
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        return opened.members[0].model(ids).logits, merged(ids).logits
+
+
+def test_an_adapter_on_its_base_is_a_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.testing.assert_close(*adapted_logits(tmp_path / "a"), atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(opening, "adapt", lambda weights, checkpoint: {})
+    got, want = adapted_logits(tmp_path / "b")
+    assert not torch.allclose(got, want, atol=1e-2)

@@ -107,6 +107,20 @@ def test_a_head_stored_twice_and_a_base_that_moved(tmp_path: Path) -> None:
     assert not (tmp_path / "third").exists()
 
 
+def test_bare_state_dicts_and_another_models_tokenizer(models: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", *TASKS)):
+        save_file(tensors(seed), tmp_path / f"{name}.safetensors")
+    (tmp_path / "tokenizer.json").write_text("of something else")
+    named = {task: str(tmp_path / f"{task}.safetensors") for task in TASKS}
+    write_masks(str(tmp_path / "base.safetensors"), named, tmp_path / "masks", kind="tall")
+    out = unmask(tmp_path / "masks", "code", tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.safetensors", "model_fusion.json"]
+    assert mf.verify(out).tensors == len(tensors(0))
+    worn = unmask(tmp_path / "masks", "code", tmp_path / "worn", tokenizer=str(models / "code"))
+    assert (worn / "tokenizer.json").read_bytes() == (models / "code" / "tokenizer.json").read_bytes()
+    assert json.loads((worn / "model_fusion.json").read_text())["recipe"]["tokenizer"] == str(models / "code")
+
+
 def test_adapters_of_one_base_are_no_tied_tensors(tmp_path: Path) -> None:
     """An adapted tensor is made as it is read, perhaps where a freed one was."""
     write(tmp_path / "base", 0, state=tensors(0, torch.float32))

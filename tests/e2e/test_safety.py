@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import model_fusion as mf
@@ -111,6 +112,14 @@ def test_answers_and_states_do_not_depend_on_the_batch(models: Path) -> None:
     assert torch.allclose(*apart, atol=1e-5)
 
 
+def test_every_model_runs_on_the_device_asked_for(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[object] = []
+    real = PreTrainedModel.to
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, *where: (moved.append(where), real(self, *where))[1])
+    audited(models, "skilled", ["safe", "base"], device="cpu:0")
+    assert moved == [("cpu:0",)] * 3
+
+
 def test_a_tokenizer_without_padding_or_end_is_padded_all_the_same(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "safe", tmp_path / "bare")
     settings = json.loads((tmp_path / "bare/tokenizer_config.json").read_text())
@@ -202,6 +211,7 @@ def test_the_command_audits_and_repairs(models: Path, tmp_path: Path) -> None:
         (["--repair", "-o", "OUT", "--base", "BASE", "--safe-weight", "1.5"], r"safe_weight must lie in \[0, 1\]"),
         (["--repair", "-o", "BASE", "--base", "BASE"], "is, holds or lies in the input"),
         (["--prompts", "none.json"], "no such prompts file"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used here"),
         (["--prompts", "BASE/config.json"], "expected a list"),
         (["--json", "nowhere/a.json"], "no such folder"),
     ],

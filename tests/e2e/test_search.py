@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import model_fusion as mf
+from model_fusion.checkpoint.statistics import Statistics
 from model_fusion.checkpoint.verify import verify
 from model_fusion.errors import InputError
 from model_fusion.search.held_out import TestSet
@@ -69,6 +70,26 @@ def test_recipe_yml_finds_its_models_from_anywhere(room: Path, monkeypatch: pyte
     mf.merge(room / "out/recipe.yml", room / "again")
     recipe = yaml.safe_load((room / "out/recipe.yml").read_text())
     assert not Path(recipe["base_model"]).is_absolute()
+
+
+def test_recipe_yml_finds_its_statistics_from_anywhere(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        Statistics("gram", {"w": torch.eye(4)}, 4).save(room / f"{name}.gram.safetensors")
+    models = [{"model": f"{name}.safetensors", "statistics": f"{name}.gram.safetensors"} for name in "ab"]
+    recipe = {"merge_method": "regmean", "models": models, "parameters": {"alpha": {"range": [0.1, 0.9]}}}
+    (room / "data.yml").write_text(yaml.safe_dump(recipe))
+    mf.search(
+        room / "data.yml",
+        room / "out",
+        metric=closeness,
+        validation=data(room, "one"),
+        test=data(room, "two"),
+        trials=2,
+    )
+    (room / "elsewhere").mkdir()
+    monkeypatch.chdir(room / "elsewhere")
+    mf.merge(room / "out/recipe.yml", room / "again")
+    assert (room / "again/model.safetensors").read_bytes() == (room / "out/model.safetensors").read_bytes()
 
 
 def test_plain_task_arithmetic_stands_beside_the_winner_and_can_win(room: Path) -> None:

@@ -157,6 +157,7 @@ def test_ctrl_c_keeps_the_study_and_resume_ends_it(models: Path, tmp_path: Path)
         ({}, ["--metric", "perplexty"], "did you mean 'perplexity'"),
         ({}, ["--sampler", "cma"], "did you mean 'cmaes'"),
         ({}, ["--base", "nowhere"], "no such folder"),
+        ({}, ["--device", "abacus"], "--device 'abacus' cannot be used here"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(

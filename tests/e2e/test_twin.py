@@ -22,6 +22,7 @@ from model_fusion.errors import InputError, IntegrityError
 from model_fusion.evaluate.safety.audit import _from_lineage
 from model_fusion.recipe.twin import load, parse
 from model_fusion.run.load import generate
+from model_fusion.run.twin import route
 
 WORDS = {"upper": "THE CAT SAT ON THE MAT. ", "digits": "1 22 333 4444 55555. "}
 
@@ -87,6 +88,25 @@ def test_the_shared_model_is_the_merge_and_full_rank_gives_the_experts_back(made
         torch.testing.assert_close(value, summed, atol=1e-5, rtol=1e-5)
 
 
+def test_route_shows_what_generate_weighs(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["THE CAT SAT ON THE", "22 333 4444"]
+    words = ["model-fusion", "dynamic", "route", str(made / "out"), "--prompt", prompts[0], "--prompt", prompts[1]]
+    monkeypatch.setattr(sys, "argv", words)
+    command.main()
+    upper, digits = capsys.readouterr().out.splitlines()
+    assert upper.startswith("upper ")
+    assert digits.startswith("digits ")
+    twin, tokenizer = mf.TwinForCausalLM.from_pretrained(made / "out"), AutoTokenizer.from_pretrained(made / "out")
+    ids = tokenizer(prompts[1] + "\n", return_tensors="pt")["input_ids"]  # what generate asks without a chat template
+    weights = twin.generate(ids, max_new_tokens=1, return_dict_in_generate=True, pad_token_id=0)
+    want = weights.past_key_values.expert_weights[0].tolist()
+    assert digits == f"digits {want[1]:.2f}, upper {want[0]:.2f}"
+    with pytest.raises(InputError, match="no twin here"):
+        route(made / "base", ["a"])
+
+
 def test_lineage_card_and_verify_know_the_folder(made: Path, tmp_path: Path) -> None:
     found = mf.verify(made / "out")
     assert found.inputs == [str((made / name).resolve()) for name in (*WORDS, "base")]
@@ -149,6 +169,22 @@ def test_a_wrong_recipe_is_one_line(change: dict[str, Any], message: str) -> Non
         parse(data)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_paths_inside_a_shared_merge_start_from_the_recipe(tmp_path: Path) -> None:
+    for name in ("a", "b", "t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.gram.safetensors").touch()
+    models = [{"model": name, "statistics": f"{name}.gram.safetensors"} for name in "ab"]
+    data = {
+        "shared": {"merge": {"merge_method": "regmean", "models": models, "tokenizer_source": "b"}},
+        "experts": [{"model": name, "name": name, "texts": ["t"]} for name in "ab"],
+    }
+    (tmp_path / "twin.yml").write_text(yaml.safe_dump(data))
+    merge = load(tmp_path / "twin.yml").merge_recipe()
+    at = tmp_path.resolve()
+    assert [one["statistics"] for one in merge["models"]] == [str(at / f"{name}.gram.safetensors") for name in "ab"]
+    assert (merge["models"][1]["model"], merge["tokenizer_source"]) == (str(at / "b"), str(at / "b"))
 
 
 def test_short_texts_and_existing_folders_leave_nothing(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from model_fusion.merge.methods import Key, build, get
 
-from . import reference
+from . import reference, reference_subspace
 from .reference import Array, Values
 
 DENSITIES = (0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0)
@@ -91,13 +91,13 @@ CASES = [
     Case("regmean", reference.regmean, {}, ("weight", "gram"), base="no"),
     Case("regmean", reference.regmean, {"alpha": 0.0}, ("gram",), base="no"),
     Case("regmean", reference.regmean, {"alpha": 1.0, "ridge": 0.01}, ("weight", "gram"), base="no"),
-    Case("tsv_m", reference.tsv_m, {}, ("weight",)),
-    Case("tsv_m", reference.tsv_m, {"rank_fraction": 0.75, "rest": "sum"}, ("weight",)),
-    Case("iso_c", reference.iso_c, {"lambda_": 1.25, "force": True}, ("weight",)),
-    Case("iso_cts", reference.iso_cts, {"force": True}, ("weight",)),
-    Case("iso_cts", reference.iso_cts, {"force": True, "common_space_fraction": 0.4}, ("weight",)),
-    Case("wudi", reference.wudi, {"lambda_": 0.75}, ("weight",)),
-    Case("wudi", reference.wudi, {"time": 3.0, "rank_fraction": 0.5}, ("weight",)),
+    Case("tsv_m", reference_subspace.tsv_m, {}, ("weight",)),
+    Case("tsv_m", reference_subspace.tsv_m, {"rank_fraction": 0.75, "rest": "sum"}, ("weight",)),
+    Case("iso_c", reference_subspace.iso_c, {"lambda_": 1.25, "force": True}, ("weight",)),
+    Case("iso_cts", reference_subspace.iso_cts, {"force": True}, ("weight",)),
+    Case("iso_cts", reference_subspace.iso_cts, {"force": True, "common_space_fraction": 0.4}, ("weight",)),
+    Case("wudi", reference_subspace.wudi, {"lambda_": 0.75}, ("weight",)),
+    Case("wudi", reference_subspace.wudi, {"time": 3.0, "rank_fraction": 0.5}, ("weight",)),
     Case("consensus", reference.consensus, {}, ("strength",), (2, 3, 4)),
     Case("consensus", reference.consensus, {"at_least": 3, "lambda_": 0.75}, ("strength",), (3, 4)),
     Case("lines", reference.lines, {}, ("weight",)),
@@ -212,8 +212,8 @@ def has_subspaces(case: Case, models: list[Array], base: Array | None, each: lis
         if units:
             cuts = [(np.concatenate(units), int(shape[1] * case.params.get("rank_fraction", 1.0)))]
     else:
-        common, own = reference.iso_cts_split(tasks, case.params.get("common_space_fraction", 0.8))
-        u = reference.triples(sum(tasks), common, reference.largest(sum(tasks)))[0]
+        common, own = reference_subspace.iso_cts_split(tasks, case.params.get("common_space_fraction", 0.8))
+        u = reference_subspace.triples(sum(tasks), common, reference_subspace.largest(sum(tasks)))[0]
         cuts = [(sum(tasks), common), *((task - u @ u.T @ task, own) for task in tasks)]
     return np.full(shape, all(parted(matrix, count) for matrix, count in cuts))
 

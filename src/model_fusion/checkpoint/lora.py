@@ -1,7 +1,11 @@
 """`base+lora`: a checkpoint whose tensors have a LoRA adapter added as they are read. No peft needed."""
 
-from torch import Tensor
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor, nn
+
+from model_fusion.architecture.align import aligned
 from model_fusion.architecture.roles import role_of, tied
 from model_fusion.checkpoint.adapter import Adapter, Pair
 from model_fusion.checkpoint.formats import Entry
@@ -81,3 +85,14 @@ class AdaptedCheckpoint(Checkpoint):
             pair = self._pairs[name]
             parts |= {f"{name}+lora_A": map_tensor(pair.a), f"{name}+lora_B": map_tensor(pair.b)}
         return parts
+
+
+@torch.no_grad()
+def adapt(weights: Mapping[str, nn.Parameter], checkpoint: Checkpoint) -> dict[str, str]:
+    """Give the parameters of a loaded base, by name, what an adapter makes of them. Returns parameter → name on disk,
+    for all that have one; also for a checkpoint without an adapter, which changes nothing."""
+    names = {name: own for name, own in aligned(checkpoint.names, list(weights)).items() if name in weights}
+    module_name = {own: name for name, own in names.items()}
+    for own in checkpoint.adapted if isinstance(checkpoint, AdaptedCheckpoint) else ():
+        weights[module_name[own]].copy_(checkpoint.read(own))
+    return names

@@ -1,4 +1,4 @@
-"""`model-fusion dynamic twin | masks | unmask`: parses flags, calls the public API, prints. No logic."""
+"""`model-fusion dynamic twin | route | masks | unmask`: parses flags, calls the public API, prints. No logic."""
 
 from pathlib import Path
 
@@ -26,6 +26,18 @@ def twin(
     typer.echo(f"{sizes}; the experts whole: {made.experts_bytes / 1e6:.2f} MB")
     typer.echo(f"router: right on {made.router_accuracy:.1%} of the validation text")
     typer.echo(f"wrote {made.folder}")
+
+
+@app.command("route")
+def route(
+    folder: Path = typer.Argument(help="The output of `model-fusion dynamic twin`."),
+    prompt: list[str] = typer.Option(..., "--prompt", help="What would be asked; may be repeated."),
+) -> None:
+    """Show how a Twin's router weighs its experts for a prompt, one line each."""
+    from model_fusion.run.twin import route as run  # torch loads here, not for --help
+
+    for weights in run(folder, prompt):
+        typer.echo(", ".join(f"{name} {weight:.2f}" for name, weight in weights.items()))
 
 
 @app.command("masks")

@@ -4,7 +4,7 @@ import typer
 
 
 def ensemble(
-    models: list[str] = typer.Argument(help="Causal LMs: names, hub ids, folders or GGUF files."),
+    models: list[str] = typer.Argument(help="Causal LMs: names, hub ids, folders, GGUF files or base+adapter."),
     prompt: str = typer.Option(..., "--prompt", help="What to continue, or to answer with --chat."),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through each model's chat template."),
     weight: list[float] = typer.Option(None, help="A model's share; give it once for each model."),

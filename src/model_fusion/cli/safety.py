@@ -24,6 +24,7 @@ def safety(
     add: bool = typer.Option(False, "--add", help="With --repair: add aligned − unaligned; take nothing of the child."),
     output: Path = typer.Option(None, "--output", "-o", help="With --repair: folder to write; must not exist."),
     overwrite: bool = typer.Option(False, help="With --repair: replace an existing output folder."),
+    device: str = typer.Option("cpu", help="Where models answer: cpu, cuda, cuda:1 …"),
     json_file: Path = typer.Option(None, "--json", help="Write the report as JSON."),
 ) -> None:
     """Audit a merged model's refusals beside its parents', and repair what the merge lost."""
@@ -44,6 +45,7 @@ def safety(
         "phrases": phrase or None,
         "tokens": tokens,
         "threshold": threshold,
+        "device": device,
     }
     if output is None:
         found = auditing.audit(child, parent or (), **given)

@@ -20,6 +20,7 @@ def search(
     overwrite: bool = typer.Option(False, help="Replace an existing output; its test set then counts as re-read."),
     threads: int = typer.Option(0, min=0, help="Worker threads of a merge; 0 means one per core."),
     fill_missing: str = typer.Option(None, help="Model (or base) that gives the tensors another model lacks."),
+    device: str = typer.Option("cpu", help="Where the merged model is judged: cpu, cuda, cuda:1 …"),
     trust_remote_code: bool = typer.Option(False, help="Copy the Python files that a model's loader runs."),
 ) -> None:
     """Find the numbers of a merge recipe, compare with plain task arithmetic, merge with the best."""
@@ -42,6 +43,7 @@ def search(
             overwrite=overwrite,
             threads=threads,
             fill_missing=fill_missing,
+            device=device,
             trust_remote_code=trust_remote_code,
         )
     except KeyboardInterrupt:

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model_fusion.checkpoint.llm import load_llm, resolve_llm
+from model_fusion.checkpoint.llm import LLMSource, load_llm, resolve_llm
+from model_fusion.checkpoint.lora import adapt
+from model_fusion.checkpoint.reader import open_checkpoint
+from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.dynamic.averaged import AveragedModels
 from model_fusion.dynamic.union import Member, UnionOfModels
 from model_fusion.errors import InputError
@@ -63,8 +66,10 @@ class Ensemble:
 def ensemble(
     models: Sequence[str | Path], *, weights: Sequence[float] | None = None, top_k: int = 10, dtype: Any = "auto"
 ) -> Ensemble:
-    """Open `models` (embedded names, hub ids, folders, GGUF files). `weights`: above 0, one a model; equal where not
-    given. `top_k`: how many tokens of each are united where vocabularies differ. Raises InputError."""
+    """Open `models`: embedded names, hub ids, folders (a twin's too), GGUF files, base+adapter. `weights`: above 0, one
+    a model; equal where not given. `top_k`: how many tokens of each are united where vocabularies differ.
+
+    Raises InputError."""
     import model_fusion.dynamic.causal_lm  # noqa: F401  (a member may be a twin: this registers its class)
 
     if not models:
@@ -76,8 +81,23 @@ def ensemble(
         raise InputError(f"weights must be above 0, got {', '.join(f'{share:g}' for share in shares)}")
     if top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}")
-    sources = [resolve_llm(model) for model in models]
+    # everything is found before anything is loaded
+    sources = [resolve(str(model)) if _adapted(model) else resolve_llm(model) for model in models]
     return Ensemble(
-        [Member(*load_llm(source, dtype=dtype), share) for source, share in zip(sources, shares, strict=True)],
-        top_k=top_k,
+        [Member(*_load(source, dtype), share) for source, share in zip(sources, shares, strict=True)], top_k=top_k
     )
+
+
+def _adapted(model: str | Path) -> bool:
+    """Whether the text means base+adapter."""
+    return "+" in str(model) and not Path(model).expanduser().exists()
+
+
+def _load(source: LLMSource | Source, dtype: Any) -> tuple[Any, Any]:
+    """(model, tokenizer); an adapter is added to its base's weights."""
+    if isinstance(source, LLMSource):
+        return load_llm(source, dtype=dtype)
+    checkpoint = open_checkpoint(source)
+    model, tokenizer = load_llm(LLMSource(source.spec, str(source.folder), ""), dtype=dtype)
+    adapt(dict(model.named_parameters(remove_duplicate=False)), checkpoint)
+    return model, tokenizer

@@ -61,8 +61,8 @@ def kind_of(config: Mapping[str, Any], files: Mapping[str, bytes], name: str) ->
     return Kind(known, tokenizer, json.loads(files.get("generation_config.json", b"{}")))
 
 
-def running(kind: Kind, tensors: Mapping[str, Tensor]) -> Any:
-    """The model with these weights, under their names in a checkpoint."""
+def running(kind: Kind, tensors: Mapping[str, Tensor], device: str = "cpu") -> Any:
+    """The model with these weights, under their names in a checkpoint, on a device."""
     from transformers import GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -70,7 +70,7 @@ def running(kind: Kind, tensors: Mapping[str, Tensor]) -> Any:
     model = one.from_pretrained(None, config=kind.config, state_dict=dict(tensors), dtype=torch.float32)
     if kind.generation:
         model.generation_config = GenerationConfig(**kind.generation)
-    return model.eval()
+    return model.eval().to(device)
 
 
 def load(spec: str | Path) -> tuple[Any, Any]:
@@ -83,12 +83,12 @@ def is_twin(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") == "model_fusion_twin"
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> tuple[Any, Any]:
+def of_checkpoint(checkpoint: Checkpoint, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of an open checkpoint, or of the twin in its folder."""
     if is_twin(checkpoint):
         from model_fusion.dynamic.saving import load_twin
 
         source = LLMSource(checkpoint.source.spec, str(checkpoint.folder), "")
-        return load_twin(checkpoint.folder, dtype=torch.float32), load_tokenizer(source)[1]
+        return load_twin(checkpoint.folder, dtype=torch.float32).to(device), load_tokenizer(source)[1]
     kind = kind_of(checkpoint.config, checkpoint.files(), checkpoint.source.spec)
-    return running(kind, {name: checkpoint.read(name) for name in checkpoint.names}), kind.tokenizer
+    return running(kind, {name: checkpoint.read(name) for name in checkpoint.names}, device), kind.tokenizer

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from model_fusion.recipe.strict import Strict, read_yaml, validated
 
+_PATHS = ("model", "base", "base_model", "texts", "statistics", "tokenizer_source")
+
 
 class SharedSpec(Strict):
     """θ*: a `model` as it is; or `base` + `lambda` · the sum of the experts' changes; or a merge recipe in `merge`."""
@@ -113,6 +115,6 @@ def within(recipe: TwinRecipe, folder: Path) -> TwinRecipe:
             return {name: inside(inner, name) for name, inner in value.items()}
         if isinstance(value, list):
             return [inside(inner, key) for inner in value]
-        return at(value) if isinstance(value, str) and key in ("model", "base", "base_model", "texts") else value
+        return at(value) if isinstance(value, str) and key in _PATHS else value
 
     return validated(TwinRecipe, inside(recipe.model_dump(by_alias=True, exclude_none=True)), "recipe")

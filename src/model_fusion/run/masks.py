@@ -13,7 +13,6 @@ from typing import Any
 from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint, read_json
-from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.checkpoint.state import State, inputs_of
 from model_fusion.checkpoint.whole_folder import whole_folder
@@ -118,7 +117,7 @@ def unmask(
     if base is None:
         base = _base_of(folder)
     root = State(open_checkpoint(resolve(base, folder.resolve().parent)))
-    worn = root.checkpoint.folder if tokenizer is None else resolve(tokenizer).folder
+    files = root.checkpoint.files() if tokenizer is None else open_checkpoint(resolve(tokenizer)).files()
     places = [folder, *root.checkpoint.source.places]
     check_target(output, places, overwrite=overwrite)
     masks = load_masks(folder / FILE, root)
@@ -132,7 +131,6 @@ def unmask(
             kept = masks.tied.get(spec.name, spec.name)
             sources = {**inputs_of(spec.name, [root]), **_read(own, kept)}
             writer.write(spec.name, masks.tensor(kept, root[spec.name], number).to(spec.dtype), sources)
-        files = {name: (worn / name).read_bytes() for name in small_files(worn)}
         if root.checkpoint.config:
             config = json.dumps(root.checkpoint.config, indent=2, ensure_ascii=False)
             files["config.json"] = config.encode() + b"\n"

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.llm import hash_files, weight_files
 from model_fusion.checkpoint.output_folder import check_target
-from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
+from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint, read_json
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.checkpoint.state import State, inputs_of
@@ -29,6 +29,7 @@ from model_fusion.merge.engine import merge
 from model_fusion.recipe import merge as merging
 from model_fusion.recipe.twin import TwinRecipe, load, parse
 from model_fusion.report.progress import bar
+from model_fusion.run.load import open_checkpoint as open_folder
 from model_fusion.training.texts import documents
 
 
@@ -91,6 +92,22 @@ def twin(
     if made.validation < 0.5:
         warnings.warn(f"the router is right on {made.validation:.0%} of the validation text: give more", stacklevel=2)
     return Twinned(output, made.twin.bytes(), whole, made.validation)
+
+
+def route(folder: str | Path, prompts: Sequence[str]) -> list[dict[str, float]]:
+    """For each prompt the experts' weights, likeliest first, as `model-fusion generate` weighs them.
+
+    Raises InputError where the folder holds no twin with a router."""
+    folder = Path(folder)
+    if not prompts:
+        raise InputError("no prompt: give at least one with --prompt")
+    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") != "model_fusion_twin":
+        raise InputError(f"{folder}: no twin here; expected the output of `model-fusion dynamic twin`")
+    opened = open_folder(folder)
+    batch = opened.processor(list(prompts))
+    found = opened.base.route(batch["input_ids"], batch["attention_mask"]).tolist()
+    named = (zip(opened.base.config.experts, row, strict=True) for row in found)
+    return [dict(sorted(row, key=lambda item: -item[1])) for row in named]
 
 
 def _record(work: Path, recipe: TwinRecipe, experts: Sequence[State], made: Built) -> None:

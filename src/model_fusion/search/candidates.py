@@ -20,7 +20,7 @@ from model_fusion.recipe.ranges import Choices, Free, Value, fill, find
 from model_fusion.recipe.reading import yaml_documents
 from model_fusion.search import baseline
 
-_PATHS = ("model", "base_model", "tokenizer_source")
+_PATHS = ("model", "base_model", "tokenizer_source", "statistics")
 
 
 @dataclass(frozen=True)

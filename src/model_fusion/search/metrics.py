@@ -54,10 +54,13 @@ class TextMetric:
 
     direction: Direction = "minimize"
 
-    def __init__(self, name: str, window: int, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """`config` is that of the model to judge, `files` its small files, the tokenizer among them."""
+    def __init__(
+        self, name: str, window: int, config: Mapping[str, Any], files: Mapping[str, bytes], device: str = "cpu"
+    ) -> None:
+        """`config` is that of the model to judge, `files` its small files, the tokenizer too; `device`: where."""
         if not config.get("model_type"):
             raise InputError(f"metric {name} judges language models; for others give mf.search a function as metric")
+        self._device = device
         self.name, self._window, self._kind = name, window, kind_of(config, files, f"metric {name}")
 
     def check(self, data: Any) -> None:
@@ -70,7 +73,7 @@ class TextMetric:
         return judged(documents([str(file) for file in files]), self._kind.tokenizer, self._window)
 
     def score(self, merged: Held, data: Judged) -> float:
-        return MEASURES[self.name](running(self._kind, merged.tensors), data)
+        return MEASURES[self.name](running(self._kind, merged.tensors, self._device), data)
 
 
 def check_name(metric: str | Own, direction: Direction | None) -> None:

@@ -16,6 +16,7 @@ from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import read_json
 from model_fusion.errors import InputError
 from model_fusion.evaluate.journal import Journal
+from model_fusion.merge.execute import check_device
 from model_fusion.recipe.merge import MergeRecipe
 from model_fusion.search import outcome, progress
 from model_fusion.search.candidates import Candidates, Flags
@@ -56,6 +57,7 @@ def search(
     threads: int = 0,
     trust_remote_code: bool = False,
     fill_missing: str | None = None,
+    device: str = "cpu",
 ) -> Found:
     """Find values for the ranges of a merge recipe, and merge with the best.
 
@@ -65,18 +67,20 @@ def search(
         gives it. The test set is opened after the last trial, and judges two models: the winner, and the best of plain
         task arithmetic.
     direction: of a function; "maximize" unless given. base: for task arithmetic, where the recipe names none.
+    device: where a named metric runs the merged model.
     resume: go on with an interrupted search of the same recipe, inputs and data; `trials` may have grown.
 
     **Raises** InputError for what does not fit, before anything is written.
     """
     check_sampler(sampler)
     check_name(metric, direction)
+    check_device(device)
     optuna()
     if trials < 1 or window < 2:
         raise InputError(f"trials {trials} and window {window}: give at least 1 trial and 2 tokens")
     digests = check_apart(validation, test)
     candidates = Candidates(recipe, base, Flags(threads, trust_remote_code, fill_missing))
-    judge = _judge(metric, direction, window, candidates)
+    judge = _judge(metric, direction, window, candidates, device)
     for content in (validation, test):
         judge.check(content)
     settings = {
@@ -136,9 +140,9 @@ def _write(
     return found
 
 
-def _judge(metric: str | Own, direction: Direction | None, window: int, candidates: Candidates) -> Metric:
+def _judge(metric: str | Own, direction: Direction | None, window: int, candidates: Candidates, device: str) -> Metric:
     if isinstance(metric, str):
-        return TextMetric(metric, window, candidates.shape.config, candidates.shape.files)
+        return TextMetric(metric, window, candidates.shape.config, candidates.shape.files, device)
     return OwnMetric(metric, direction)
 
 

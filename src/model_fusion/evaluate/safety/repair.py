@@ -73,6 +73,7 @@ def repair(
     threshold: float = auditing.THRESHOLD,
     safe_weight: float = 0.2,
     add: bool = False,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> Repaired:
     """Audit, repair, audit again, write. Arguments as of `audit`; and `safe`: the model to merge with (the aligned
@@ -81,7 +82,7 @@ def repair(
 
     **Raises** InputError; then nothing is left behind.
     """
-    chosen = auditing.settings(prompts, phrases, tokens)
+    chosen = auditing.settings(prompts, phrases, tokens, device)
     family = auditing.Family.of(child, parents, base, aligned, unaligned)
     if is_twin(family.open(family.child)):
         raise InputError(f"{child}: a twin has no weights of its own to repair: repair its shared model or its experts")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_fusion.architecture.align import aligned
 from model_fusion.checkpoint.llm import LLMSource, load_llm
-from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
+from model_fusion.checkpoint.lora import adapt
+from model_fusion.checkpoint.reader import open_checkpoint
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.checkpoint.statistics import Kind, Statistics
 from model_fusion.errors import InputError, MissingDependencyError
@@ -61,12 +61,10 @@ class Model:
         self.module: nn.Module = found[0]
         self.tokenizer: Any = found[1]
         weights = dict(self.module.named_parameters(remove_duplicate=False))
-        self._on_disk = {n: d for n, d in aligned(checkpoint.names, list(weights)).items() if n in weights}
         self._names: dict[int, str] = {}
-        for name, own in self._on_disk.items():
+        for name, own in adapt(weights, checkpoint).items():
             self._names.setdefault(id(weights[name]), own)
         self._ids = {name: id(weight) for name, weight in weights.items()}
-        self._adapt(checkpoint, weights)
         try:
             self.module.to(device)
         except (RuntimeError, AssertionError) as error:
@@ -74,13 +72,6 @@ class Model:
             raise InputError(
                 f"--device {device!r} cannot be used here ({reason}): leave it out, or give cpu"
             ) from error
-
-    @torch.no_grad()
-    def _adapt(self, checkpoint: Checkpoint, weights: dict[str, nn.Parameter]) -> None:
-        """The adapter's weights in place of the base's."""
-        module_name = {own: name for name, own in self._on_disk.items()}
-        for own in getattr(checkpoint, "adapted", ()):
-            weights[module_name[own]].copy_(checkpoint.read(own))
 
     def on_disk(self, name: str) -> str | None:
         """What a weight of the module is called in its files; None for one that they hold in another form."""
