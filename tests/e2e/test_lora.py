@@ -202,6 +202,17 @@ def test_cat_is_the_exact_weighted_sum(tmp_path: Path, make: Any, targets: list[
     logits(make(), tmp_path / "out")
 
 
+def test_a_pickled_adapter_is_merged_and_verified(tmp_path: Path) -> None:
+    names = adapters(tmp_path, 3, 2)
+    file = Path(names[1], "adapter_model.safetensors")
+    combine(names, tmp_path / "plain", [0.5, 0.5], "cat")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    combine(names, tmp_path / "out", [0.5, 0.5], "cat")
+    assert close(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "out")))
+    assert len(verify(tmp_path / "out").inputs) == 2
+
+
 def test_svd_is_the_best_cut_of_the_sum(tmp_path: Path) -> None:
     names = adapters(tmp_path, 4, 4)
     made = combine(names, tmp_path / "out", [1.0, 1.0], "svd", rank=3)
@@ -259,6 +270,7 @@ BROKEN: dict[str, tuple[list[str], str]] = {
     "rank for cat": (["merge", "lora0", "lora1", "--rank", "2"], "belong to mode svd"),
     "linear of unequal ranks": (["merge", "lora0", "lora1", "--mode", "linear"], "adapters of one rank"),
     "a model as adapter": (["merge", "lora0", "base"], "no adapter_config.json"),
+    "an adapter as model": (["extract", "lora1", "--base", "base"], "is a LoRA adapter, not a model"),
     "another base": (["merge", "lora0", "other"], "adapters of different bases"),
     "another shape": (["merge", "lora0", "wide"], "not of one base"),
     "whole modules": (["merge", "lora0", "whole"], "holds whole tensors"),

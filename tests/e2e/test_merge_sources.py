@@ -22,6 +22,7 @@ from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.merge import engine
 from model_fusion.merge.stacking import write_random_stack
+from model_fusion.recipe.merge import parse
 from model_fusion.recipe.random_stack import random_stack
 
 
@@ -185,6 +186,17 @@ def test_a_device_that_is_not_there_is_refused(room: Path, device: str) -> None:
         mf.merge(mean("a", "b"), "out", device=device)
     assert "\n" not in str(caught.value)
     assert not (room / "out").exists()
+
+
+def test_a_full_gpu_is_one_line_and_leaves_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(engine.Run, "all", full)
+    before = sorted(room.iterdir())
+    with pytest.raises(InputError, match="too little memory: give fewer --threads"):
+        engine.merge(parse(mean("a", "b")), room / "out", relative_to=room)
+    assert sorted(room.iterdir()) == before
 
 
 @pytest.mark.parametrize("suffix", ["qweight", "weight_scale_inv", "SCB", "absmax"])

@@ -97,6 +97,10 @@ CASES: dict[str, tuple[Change, str]] = {
     "top-level key": (lambda d, r: r.update(out_dtpe="bfloat16"), "did you mean 'out_dtype'"),
     "parameter typo": (lambda d, r: first(r).update(wieght=1), "did you mean 'weight'"),
     "method typo": (lambda d, r: r.update(merge_method="linaer"), "did you mean 'linear'"),
+    "gradient out of range": (
+        lambda d, r: (r.update(merge_method="ties", base_model="c"), first(r).update(density=[1, 2])),
+        r"^ties: density must lie in \[0, 1\], got [\d.]+$",
+    ),
     "parameter of another method": (lambda d, r: first(r).update(density=0.5), "belongs to .*: remove it"),
     "parameter's type": (lambda d, r: first(r).update(weight="high"), "weight must be a number, got 'high'"),
     "method in capitals": (lambda d, r: r.update(merge_method="LINEAR"), "did you mean 'linear'"),

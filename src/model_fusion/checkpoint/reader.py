@@ -87,12 +87,13 @@ class Checkpoint:
             self._open_index(bin_index)
         elif (self.folder / "pytorch_model.bin").is_file():
             self._load_pickle(self.folder / "pytorch_model.bin")
-        else:
-            files = sorted(self.folder.glob("*.safetensors"))
-            if not files:
-                raise InputError(f"{self.folder}: no weights (no model.safetensors, index or pytorch_model.bin)")
+        elif files := sorted(self.folder.glob("*.safetensors")):
             for file in files:
                 self._add(read_header(file))
+        elif (self.folder / "adapter_model.bin").is_file():
+            self._load_pickle(self.folder / "adapter_model.bin")
+        else:
+            raise InputError(f"{self.folder}: no weights (no model.safetensors, index or pytorch_model.bin)")
         if not self._entries and not self._pickled:
             raise InputError(f"{self.folder}: the weight files hold no tensors")
 

@@ -351,7 +351,8 @@ class _Planner:
             return kind(**fitted(kind, given))
         except InputError as error:
             text = f"{self.method.name}: {error}"
-            if text not in self.problems:
+            rule = text.partition(", got")[0]  # a gradient breaks one rule in many layers
+            if not any(problem.startswith(rule) for problem in self.problems):
                 self.problems.append(text)
             return None
 

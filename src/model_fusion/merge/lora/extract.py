@@ -14,7 +14,7 @@ from model_fusion.checkpoint.adapter import PREFIX, WEIGHTS
 from model_fusion.checkpoint.appending import AppendingWriter
 from model_fusion.checkpoint.formats import TensorSpec
 from model_fusion.checkpoint.output_folder import check_target
-from model_fusion.checkpoint.reader import open_checkpoint
+from model_fusion.checkpoint.reader import open_model
 from model_fusion.checkpoint.sources import resolve
 from model_fusion.errors import InputError
 from model_fusion.merge.lora.factors import Factors, Wanted, truncate
@@ -87,7 +87,7 @@ def extract(
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(f"dtype {dtype!r}: give float32, float16 or bfloat16")
-    pair = Pair(open_checkpoint(resolve(finetune)), open_checkpoint(resolve(base)), exclude)
+    pair = Pair(open_model(resolve(finetune)), open_model(resolve(base)), exclude)
     sources = [checkpoint.source for checkpoint in (pair.tuned, pair.base)]
     check_target(output, [p for s in sources for p in (s.folder, s.adapter) if p], overwrite=overwrite)
     result = Extracted(output)
