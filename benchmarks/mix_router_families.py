@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from measure import machine
-from mix_router import NAMES, Data, read_data
+from mix_router import NAMES, TESTED, Data, evenly, read_data
 from model_fusion.mix.calibrate import tokenizer_of
 from model_fusion.mix.gates.prefix import token_table
 
@@ -279,13 +279,23 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, required=True, help="a folder that mix_router.py --keep wrote")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=0, help="train all so long, whatever the family says")
+    parser.add_argument("--windows", type=int, default=TESTED, help="test windows a domain; half as many select")
     args = parser.parse_args()
     logging.disable_progress_bar()
     data = read_data(args.keep, tokenizer_of(args.keep / f"seed{args.seeds[0]}" / "base"))
+    validation, test = ([evenly(rows, n) for rows in part] for part, n in
+                        ((data.validation, args.windows // 2), (data.test, args.windows)))  # fmt: skip
+    data = Data(data.train, validation, test)
+    if args.steps:
+        FAMILIES.update({name: replace(f, steps=min(f.steps, 1) * args.steps) for name, f in FAMILIES.items()})
     runs = []
     for seed in args.seeds:
         runs.append(one_seed(seed, args.keep / f"seed{seed}", data, args.only))
-        args.json.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine(), "steps": args.steps, "windows": args.windows, "runs": runs}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
