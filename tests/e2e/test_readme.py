@@ -34,7 +34,7 @@ def test_a_command_of_the_readme_parses(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["model-fusion safety CHILD --parents A", "model-fusion merge recipe.yml", "model-fusion nonsense"]
+    "line", ["model-fusion safety CHILD --parents A", "model-fusion search recipe.yml", "model-fusion nonsense"]
 )
 def test_a_wrong_command_is_red(line: str) -> None:
     with pytest.raises(Exception, match=r"No such option|Missing|nonsense"):
