@@ -17,7 +17,7 @@ from model_fusion.errors import InputError
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats (1.1 reads 1e-5 as text), and no key twice in one mapping: the first would be lost silently."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         found: set[str] = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
