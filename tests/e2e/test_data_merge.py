@@ -98,9 +98,9 @@ def test_statistics_that_changed_are_noticed(room: Path) -> None:
 
 def test_resuming_with_other_statistics_starts_again(room: Path) -> None:
     work = engine.plan(recipe(room, "gram"))
-    before = engine._key(work)
+    before = engine._key(work, "cpu")
     Statistics("gram", {n: 2 * t for n, t in statistics(0, "gram").items()}, 5).save(room / "a.gram.safetensors")
-    assert engine._key(engine.plan(room / "recipe.yml")) != before
+    assert engine._key(engine.plan(room / "recipe.yml"), "cpu") != before
 
 
 def test_slices_take_the_statistics_of_their_layer(room: Path) -> None:
