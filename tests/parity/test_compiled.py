@@ -117,7 +117,7 @@ def test_one_pass_finds_cut_and_energies(kind: str, share: float, compiled: bool
 
 def forget_the_bracket(patch: pytest.MonkeyPatch) -> None:
     """What lies inside the bracket adds no energy."""
-    patch.setattr(selection, "halved", lambda values: 0.0)
+    patch.setattr(selection, "halved", lambda rows: [0.0] * len(rows))
 
 
 @pytest.mark.parametrize(("mutate", "kind"), [(forget_the_bracket, "tied"), (believe_the_sample, "misleading")])

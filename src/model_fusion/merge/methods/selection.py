@@ -175,7 +175,7 @@ def _keep_first(
         if rest < one.ties:
             values, rows = blocks(i, 1)
             first = np.flatnonzero(_bits(values) == level)[:rest]
-            last, more = offset + int(first[-1]), [halved(row[first].square()) for row in rows.cpu()]
+            last, more = offset + int(first[-1]), halved(rows.cpu()[:, first].square())
         energy = [sum(parts) for parts in zip(energy, more, strict=True)]
         offset, rest = offset + sizes[i], rest - one.ties
         if rest <= 0:
@@ -186,16 +186,18 @@ def _keep_first(
 SERIAL = 1 << 10
 
 
-def halved(values: Tensor) -> float:
-    """The sum of float32 values, which are overwritten, in an order that is the same on every path: the upper half is
-    added to the lower until SERIAL are left; these one by one in float64.
+def halved(rows: Tensor) -> list[float]:
+    """The sums of float32 rows [R, N], which are overwritten, in one order on every path: the upper
+    half is added to the lower until SERIAL are left; these one by one in float64.
     """
-    left = values.numel()
+    left = rows.shape[1]
     while left > SERIAL:
         half = (left + 1) // 2
-        values[: left - half] += values[half:left]
+        rows[:, : left - half] += rows[:, half:left]
         left = half
-    return float(np.cumsum(values[:left].cpu().numpy(), dtype=np.float64)[-1]) if left else 0.0
+    if not left:
+        return [0.0] * len(rows)
+    return [float(end) for end in np.cumsum(rows[:, :left].cpu().numpy(), axis=1, dtype=np.float64)[:, -1]]
 
 
 def _sample(blocks: Blocks, sizes: list[int]) -> Bits:
