@@ -2,27 +2,26 @@
 
 from pathlib import Path
 
+from model_fusion.tokenizer.table import VOCABULARY_FILES
+
 
 def small_files(folder: Path) -> list[str]:
     """Names of a source folder's small files that belong in the output."""
     return [name for name in sorted(p.name for p in folder.iterdir() if p.is_file()) if _kept(name)]
 
 
+_KEPT = {
+    *VOCABULARY_FILES, "special_tokens_map.json", "normalizer.json", "source.spm", "target.spm",
+    "generation_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+}  # fmt: skip
+
+
 def _kept(name: str) -> bool:
-    exact = {"generation_config.json", "vocab.json", "merges.txt", "vocab.txt", "special_tokens_map.json"}
-    exact |= {"added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json"}
-    exact |= {
-        "preprocessor_config.json",
-        "video_preprocessor_config.json",
-        "normalizer.json",
-        "source.spm",
-        "target.spm",
-    }
-    exact |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.bpe", "bpe.codes"}
     if name == "tokenizer_report.json":  # speaks of the merge that made the folder
         return False
     return (
-        name in exact
+        name in _KEPT
         or name.endswith((".tiktoken", "tiktoken.model"))
         or (name.startswith("tokenizer") and name.endswith(".json"))
     )

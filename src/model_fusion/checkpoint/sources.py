@@ -16,18 +16,9 @@ from model_fusion.errors import InputError, MissingDependencyError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STATE_DICTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.py",
-    "*.spm",
-    "*.tiktoken",
-    "*.bpe",
-    "*.codes",
-]
-_HUB_FILES += ["README.md"]
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.spm", "*.tiktoken", "*.bpe", "*.codes",
+    "README.md",
+]  # fmt: skip
 _HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
 _HUB_NOT = ["*/*", "consolidated*"]  # other formats of the same weights
 

@@ -19,11 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_fusion.architecture.wrapped import WrappedConfig, kernels_kept
+from model_fusion.dynamic import MODEL_TYPE
 from model_fusion.dynamic.parts import Parts
 from model_fusion.dynamic.twin import TwinModel
 from model_fusion.errors import InputError
-
-MODEL_TYPE = "model_fusion_twin"
 
 
 class TwinConfig(WrappedConfig):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model_fusion.errors import InputError
+from model_fusion.merge.methods.consensus import relevant
 
 State = Mapping[str, Tensor]
 Kind = Literal["emr", "tall"]
@@ -103,7 +104,7 @@ def tall(base: State, experts: Mapping[str, State], strength: float | Sequence[f
     for name, tau in made.vectors():
         total = tau.sum(0)
         made.add(name, total)
-        made.mask(name, _relevant(tau, total, strengths))
+        made.mask(name, torch.stack(relevant(tau.unbind(), total, strengths)))
     return made.done(torch.ones(len(experts)))
 
 
@@ -127,16 +128,11 @@ def _total(tau: Tensor) -> Tensor:
     return tau.abs().reshape(len(tau), -1).sum(1, dtype=torch.float64)
 
 
-def _relevant(tau: Tensor, total: Tensor, strengths: Tensor) -> Tensor:
-    """TALL's masks, bool [T, …]."""
-    return tau.abs() > strengths.view(-1, *(1,) * total.dim()) * (total - tau).abs()
-
-
-def _strengths(strength: float | Sequence[float], count: int) -> Tensor:
+def _strengths(strength: float | Sequence[float], count: int) -> list[float]:
     each = [float(strength)] * count if isinstance(strength, int | float) else [float(s) for s in strength]
     if len(each) != count or not all(s > 0 for s in each):
         raise InputError(f"strength {strength}: give a number above 0, or one for each of the {count} experts")
-    return torch.tensor(each)
+    return each
 
 
 class _Making:

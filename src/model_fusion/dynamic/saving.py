@@ -19,7 +19,8 @@ from torch import Tensor
 from model_fusion.checkpoint.llm import hash_files
 from model_fusion.checkpoint.reader import read_json
 from model_fusion.checkpoint.whole_folder import whole_folder
-from model_fusion.dynamic.causal_lm import MODEL_TYPE, TwinConfig, TwinForCausalLM
+from model_fusion.dynamic import MODEL_TYPE
+from model_fusion.dynamic.causal_lm import TwinConfig, TwinForCausalLM
 from model_fusion.dynamic.parts import Part, Parts
 from model_fusion.dynamic.router import Router
 from model_fusion.errors import InputError, IntegrityError

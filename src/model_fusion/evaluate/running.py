@@ -15,6 +15,7 @@ from torch import Tensor
 from model_fusion.checkpoint.llm import LLMSource, load_tokenizer
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint
 from model_fusion.checkpoint.sources import resolve
+from model_fusion.dynamic import MODEL_TYPE
 from model_fusion.errors import InputError, MissingDependencyError
 
 
@@ -80,7 +81,7 @@ def load(spec: str | Path) -> tuple[Any, Any]:
 
 def is_twin(checkpoint: Checkpoint) -> bool:
     """Whether the folder holds a twin, whose experts are weighed anew for each prompt."""
-    return checkpoint.config.get("model_type") == "model_fusion_twin"
+    return checkpoint.config.get("model_type") == MODEL_TYPE
 
 
 def of_checkpoint(checkpoint: Checkpoint, device: str = "cpu") -> tuple[Any, Any]:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
+from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from model_fusion.fuse.experts.scored import rounded
 from model_fusion.fuse.fit import Example
 from model_fusion.fuse.likelihood import answer_log_likelihood
 from model_fusion.fuse.model import FusedModel
+from model_fusion.fuse.number import number
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone, is_classifier, is_regressor
@@ -31,10 +32,9 @@ except ImportError:
     raise MissingDependencyError("FusedClassifier needs scikit-learn: pip install 'model-fusion[sklearn]'") from None
 
 NAME = "expert"
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-class _Fused(BaseEstimator):
+class _Fused(BaseEstimator, metaclass=ABCMeta):
     """What classifier and regressor share.
 
     expert: an unfitted scikit-learn estimator or Pipeline (None: a forest or boosting), cloned and fitted in `fit`
@@ -105,8 +105,9 @@ class _Fused(BaseEstimator):
             self.history_ = self.fused_.fit(examples, **settings)
         return self
 
+    @abstractmethod
     def _say(self, items: list[Any]) -> list[str]:
-        raise NotImplementedError
+        """What the expert decides of each item, as the LLM shall say it."""
 
     def _asked(self, X: Any) -> tuple[list[str], list[dict[str, Any]]]:
         check_is_fitted(self, "fused_")
@@ -214,15 +215,15 @@ class FusedRegressor(RegressorMixin, _Fused):
 
     def predict(self, X: Any) -> NDArray[np.float64]:
         """The number in the LLM's answer, [n]; with a warning the training mean, where it is not one number."""
-        found = [NUMBER.findall(answer) for answer in self.answers(X)]
-        if unread := sum(len(numbers) != 1 for numbers in found):
+        found = [number(answer) for answer in self.answers(X)]
+        if unread := found.count(None):
             warnings.warn(
                 f"{unread} of {len(found)} answers hold no number, or several: the mean of y stands for them; "
                 "train longer, or with more extra_rows",
                 UserWarning,
                 stacklevel=2,
             )
-        return np.array([float(numbers[0]) if len(numbers) == 1 else self.mean_ for numbers in found])
+        return np.array([self.mean_ if value is None else value for value in found])
 
     def _say(self, items: list[Any]) -> list[str]:
         decision = self.expert_.decide(items)
@@ -263,8 +264,8 @@ def _schema(X: Any, table: Sequence[tuple[Any, ...]]) -> InputSchema:
     """One field a column: bool, a number, or text."""
     names = [str(name) for name in X.columns] if is_frame(X) else [f"x{i}" for i in range(len(table[0]))]
     fields = []
-    for number, name in enumerate(names):
-        column = [row[number] for row in table]
+    for place, name in enumerate(names):
+        column = [row[place] for row in table]
         if all(isinstance(v, bool | np.bool_) for v in column):
             fields.append(Field(name, "bool"))
         elif all(isinstance(v, int | float | np.number) for v in column):

@@ -14,7 +14,8 @@ from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.views import Planned
 from model_fusion.checkpoint.writer import as_bytes
 from model_fusion.merge import engine
-from model_fusion.merge.execute import Run, check_device
+from model_fusion.merge.device import check_device
+from model_fusion.merge.execute import Run
 from model_fusion.merge.global_trim import trimmed_together
 from model_fusion.merge.plan import Input, MergePlan, Output
 

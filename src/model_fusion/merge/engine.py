@@ -22,7 +22,8 @@ from model_fusion.checkpoint.views import Planned
 from model_fusion.checkpoint.writer import CheckpointWriter
 from model_fusion.errors import InputError
 from model_fusion.merge import plan as planning
-from model_fusion.merge.execute import Run, check_device
+from model_fusion.merge.device import check_device
+from model_fusion.merge.execute import Run
 from model_fusion.merge.in_memory import Held, hold
 from model_fusion.merge.methods import get
 from model_fusion.merge.parameters import check_parameters, defaults

@@ -144,15 +144,6 @@ class Run:
                 self._squares[source.model] = self._squares.get(source.model, 0.0) + square
 
 
-def check_device(device: str) -> None:
-    """Raises `InputError` where tensors cannot be combined there."""
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device!r} cannot be used here ({reason}): leave it out, or give cpu") from error
-
-
 _EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,13 +19,11 @@ from model_fusion.checkpoint.sources import resolve
 from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
 from model_fusion.errors import InputError
 from model_fusion.mix import plan as planning
+from model_fusion.mix.calibrate import calibrate
 from model_fusion.mix.combine import combine, unchanged
 from model_fusion.mix.plan import MixPlan, Output
 from model_fusion.mix.room import Evidence, widen
 from model_fusion.recipe.mix import MixRecipe, load, parse
-
-if TYPE_CHECKING:
-    from model_fusion.mix.calibrate import Calibrated
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def build(
     inputs = [c.folder for c in work.checkpoints.values()]
     inputs += [c.source.adapter for c in work.checkpoints.values() if c.source.adapter]
     check_target(output, inputs, overwrite=overwrite)
-    started = _gates(work, folder)
+    started = calibrate(work, folder)
     gates, accuracy = dict(zip(work.mixed, started.gates, strict=True)), started.accuracy
     specs = [item.spec for item in work.outputs]
     with CheckpointWriter(output, specs, key=_key(work), shard_size=shard_size, resume=resume) as writer:
@@ -104,12 +102,6 @@ def _found_again(recipe: MixRecipe, folder: Path | None, output: Path) -> dict[s
                 found = path if folder is None or path.exists() else folder / path
                 entry["texts"][i] = os.path.relpath(found.resolve(), output.parent.resolve())
     return told
-
-
-def _gates(work: MixPlan, folder: Path | None) -> "Calibrated":
-    from model_fusion.mix.calibrate import calibrate
-
-    return calibrate(work, folder)
 
 
 def _write(

@@ -17,6 +17,8 @@ from model_fusion.recipe.tokenizer import ModelToken, TokenEmbedding, TokenizerS
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Parameters = dict[str, Any]
+PATHS = ("model", "base_model", "tokenizer_source", "statistics")
+"""Keys whose texts are paths, where they are no hub ids."""
 
 
 class _Part(BaseModel):

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from model_fusion.recipe.merge import PATHS
 from model_fusion.recipe.strict import Strict, read_yaml, validated
 
-_PATHS = ("model", "base", "base_model", "texts", "statistics", "tokenizer_source")
+_PATHS = (*PATHS, "base", "texts")
 
 
 class SharedSpec(Strict):

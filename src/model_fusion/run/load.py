@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model_fusion.checkpoint.llm import load_llm, resolve_llm
+from model_fusion.dynamic import MODEL_TYPE
 from model_fusion.fuse import saving
 from model_fusion.fuse.ask import ask, generation, questions
 from model_fusion.fuse.chat import ChatSession
@@ -32,7 +33,7 @@ def open_checkpoint(folder: Path) -> FusedModel:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind == "query_mixture":
         import model_fusion.mix.query  # (registers a class that is ours)
-    elif kind == "model_fusion_twin":
+    elif kind == MODEL_TYPE:
         import model_fusion.dynamic.causal_lm  # noqa: F401  (registers a class that is ours)
     source = resolve_llm(folder)
     fused = FusedModel(*load_llm(source), {}, source)

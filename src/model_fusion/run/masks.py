@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from model_fusion.checkpoint.record import record
 from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.checkpoint.state import State, inputs_of
 from model_fusion.checkpoint.whole_folder import whole_folder
-from model_fusion.checkpoint.writer import CheckpointWriter, as_bytes
+from model_fusion.checkpoint.writer import CheckpointWriter
 from model_fusion.dynamic.mask_file import BITS, UNIFIED, load_masks, save_masks
 from model_fusion.dynamic.masks import emr, tall
 from model_fusion.errors import InputError
@@ -71,25 +71,20 @@ def write_masks(
             words += ["--strength", f"{one:g}"]
     with whole_folder(output, places, overwrite=overwrite) as work:
         save_masks(made, root, work / FILE)
-        own = Checkpoint(Source(str(work), work))
-        record = lineage.build(
+        record(
+            work,
             "masks",
             kind,
             settings,
             [state.checkpoint for state in every],
-            list(own),
-            {name: hashlib.sha256(as_bytes(own.read(name))).hexdigest() for name in own.names},
-            {name: inputs_of(name.partition("/")[2], every) for name in own.names},
+            lambda name: inputs_of(name.partition("/")[2], every),
             {},
             command=shlex.join(["model-fusion", "dynamic", "masks", *words, "-o", "out"]),
-            defaults={},
             notes=[
                 f"A shared task vector and a mask for each of {', '.join(made.tasks)}. No model by itself: "
                 "`model-fusion dynamic unmask` writes the one of a task, whose id must be given."
             ],
         )
-        (work / lineage.NAME).write_bytes(record)
-        (work / card.NAME).write_bytes(card.build(record))
     whole = sum(spec.nbytes for state in tuned.values() for spec in state.checkpoint)
     return Masked(output, made.nbytes, whole)
 

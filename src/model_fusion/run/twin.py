@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +11,15 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from model_fusion.checkpoint import card, lineage
 from model_fusion.checkpoint.llm import hash_files, weight_files
 from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from model_fusion.checkpoint.record import record
 from model_fusion.checkpoint.small_files import small_files
 from model_fusion.checkpoint.sources import Source, resolve
 from model_fusion.checkpoint.state import State, inputs_of
 from model_fusion.checkpoint.whole_folder import whole_folder
-from model_fusion.checkpoint.writer import as_bytes
+from model_fusion.dynamic import MODEL_TYPE
 from model_fusion.dynamic.build import Built, build
 from model_fusion.dynamic.parts import exclusive
 from model_fusion.dynamic.saving import CONFIG, SHARED, write_twin
@@ -101,7 +100,7 @@ def route(folder: str | Path, prompts: Sequence[str]) -> list[dict[str, float]]:
     folder = Path(folder)
     if not prompts:
         raise InputError("no prompt: give at least one with --prompt")
-    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") != "model_fusion_twin":
+    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") != MODEL_TYPE:
         raise InputError(f"{folder}: no twin here; expected the output of `model-fusion dynamic twin`")
     opened = open_folder(folder)
     batch = opened.processor(list(prompts))
@@ -112,7 +111,6 @@ def route(folder: str | Path, prompts: Sequence[str]) -> list[dict[str, float]]:
 
 def _record(work: Path, recipe: TwinRecipe, experts: Sequence[State], made: Built) -> None:
     """Lineage and card of the folder's own tensors; `shared/` has those of the merge that made it."""
-    own = Checkpoint(Source(str(work), work))
     files = {name: (work / name).read_bytes() for name in (CONFIG, *small_files(work))}
     names = ", ".join(expert.name for expert in recipe.experts)
     notes = [
@@ -121,23 +119,19 @@ def _record(work: Path, recipe: TwinRecipe, experts: Sequence[State], made: Buil
         f"The router is right on {made.validation:.1%} of the validation text, by which its step was chosen.",
         "No stock architecture: open it with model-fusion.",
     ]
-    record = lineage.build(
+    record(
+        work,
         "twin",
         "twin",
         recipe.model_dump(by_alias=True, exclude_none=True),
         [expert.checkpoint for expert in experts],
-        list(own),
-        {name: hashlib.sha256(as_bytes(own.read(name))).hexdigest() for name in own.names},
-        {name: inputs_of(name.rpartition(":")[0], experts) for name in own.names},
+        lambda name: inputs_of(name.rpartition(":")[0], experts),
         files,
         command="model-fusion dynamic twin recipe.yml -o out",
-        defaults={},
         seed=recipe.seed,
         notes=notes,
         parts=[SHARED],
     )
-    (work / lineage.NAME).write_bytes(record)
-    (work / card.NAME).write_bytes(card.build(record))
 
 
 def _files(source: Source) -> list[Path]:

@@ -15,12 +15,10 @@ from model_fusion.merge import engine
 from model_fusion.merge.in_memory import Held
 from model_fusion.merge.plan import MergePlan
 from model_fusion.recipe.documents import joined
-from model_fusion.recipe.merge import MergeRecipe, parse
+from model_fusion.recipe.merge import PATHS, MergeRecipe, parse
 from model_fusion.recipe.ranges import Choices, Free, Value, fill, find
 from model_fusion.recipe.reading import yaml_documents
 from model_fusion.search import baseline
-
-_PATHS = ("model", "base_model", "tokenizer_source", "statistics")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Candidates:
             return data
         return {
             key: "+".join(self._from(part, output) for part in item.split("+"))
-            if key in _PATHS and isinstance(item, str) and item not in merges
+            if key in PATHS and isinstance(item, str) and item not in merges
             else self._moved(item, output, merges)
             for key, item in data.items()
         }

@@ -16,7 +16,7 @@ from model_fusion.checkpoint.output_folder import check_target
 from model_fusion.checkpoint.reader import read_json
 from model_fusion.errors import InputError
 from model_fusion.evaluate.journal import Journal
-from model_fusion.merge.execute import check_device
+from model_fusion.merge.device import check_device
 from model_fusion.recipe.merge import MergeRecipe
 from model_fusion.search import outcome, progress
 from model_fusion.search.candidates import Candidates, Flags

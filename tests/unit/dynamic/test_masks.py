@@ -1,7 +1,8 @@
 """EMR and TALL against their formulas written once more, element by element in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,12 +75,12 @@ def test_equal_to_the_formulas() -> None:
     assert off(*models()) < 1e-5
 
 
-def relevant_with_the_wrong_rest(tau: Tensor, total: Tensor, strengths: Tensor) -> Tensor:
-    return tau.abs() > strengths.view(-1, *(1,) * total.dim()) * total.abs()
+def relevant_with_the_wrong_rest(tau: Sequence[Tensor], total: Tensor, strengths: Sequence[float]) -> list[Tensor]:
+    return [own.abs() > s * total.abs() for own, s in zip(tau, strengths, strict=True)]
 
 
-MUTATIONS: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "TALL compares with the sum, not the rest": ("_relevant", relevant_with_the_wrong_rest),
+MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "TALL compares with the sum, not the rest": ("relevant", relevant_with_the_wrong_rest),
     "bits in the other order": (
         "packed",
         lambda m: torch.from_numpy(np.packbits(m.reshape(len(m), -1).numpy(), 1, "little")),

@@ -18,7 +18,7 @@ from model_fusion.evaluate.safety.direction import ENOUGH, States, best_layer, d
 from model_fusion.evaluate.safety.prompts import Prompts, bundled, load
 from model_fusion.evaluate.safety.refusal import PHRASES, answers, refuses
 from model_fusion.evaluate.statistics import sign_test, wilson
-from model_fusion.merge.execute import check_device
+from model_fusion.merge.device import check_device
 
 WARNING = "Safe parents can give an unsafe child: audit the child."
 THRESHOLD = 0.35

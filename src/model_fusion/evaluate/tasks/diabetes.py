@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from model_fusion.evaluate.tasks.base import Metric, Task
-from model_fusion.evaluate.tasks.reading import number
 from model_fusion.fuse.experts import Expert, Field, InputSchema, ValueDecision
 from model_fusion.fuse.fit import Example
+from model_fusion.fuse.number import number
 
 COLUMNS = ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6")
 SCHEMA = InputSchema(tuple(Field(name, "float") for name in COLUMNS))

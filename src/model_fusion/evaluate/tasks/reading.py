@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+from model_fusion.fuse.number import NUMBER, number
+
 MANY = 20
 """Numbers are read as values, not as names, where more than this many different ones are answers."""
 
@@ -18,12 +19,6 @@ class Reading:
     label: str
     read: Callable[[str], str | float | None]
     numbers: bool = False
-
-
-def number(text: str) -> float | None:
-    """The number if exactly one is in `text`, else None."""
-    found = NUMBER.findall(text)
-    return float(found[0]) if len(found) == 1 else None
 
 
 def plain(text: str) -> str:

@@ -18,6 +18,7 @@ from model_fusion.errors import InputError, MissingDependencyError
 from model_fusion.merge.calibration.collect import Labels, collect_statistics
 from model_fusion.merge.calibration.entropy import Coefficients, adamerging
 from model_fusion.merge.calibration.propagate import collect_merged_statistics
+from model_fusion.merge.device import usable
 from model_fusion.training.texts import documents, windows
 
 _BATCH = 4
@@ -65,13 +66,8 @@ class Model:
         for name, own in adapt(weights, checkpoint).items():
             self._names.setdefault(id(weights[name]), own)
         self._ids = {name: id(weight) for name, weight in weights.items()}
-        try:
+        with usable(device):
             self.module.to(device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"--device {device!r} cannot be used here ({reason}): leave it out, or give cpu"
-            ) from error
 
     def on_disk(self, name: str) -> str | None:
         """What a weight of the module is called in its files; None for one that they hold in another form."""

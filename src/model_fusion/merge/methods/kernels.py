@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from model_fusion.merge.methods.selection import SERIAL
+
 _EXACT = 64
 """Up to so many undecided elements a row are ranked by counting, more by sorting the row."""
 _RUN = 2048
-_SERIAL = 1024
-"""As in `selection`."""
 
 
 def above_rank(bits: Any, limit: Any, shift: int, width: int, keep: Any) -> None:
@@ -164,7 +164,7 @@ def energy_of(task: Any, bits: Any, low: Any, high: Any, into: Any) -> Any:
     for j in range(task.size):
         into[j] = task[j] * task[j] if (bits[j] >= low) & (bits[j] <= high) else np.float32(0)
     left = task.size
-    while left > _SERIAL:
+    while left > SERIAL:
         half = (left + 1) // 2
         lower, upper = into[:half], into[half:left]
         for j in range(upper.size):

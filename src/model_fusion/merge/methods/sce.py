@@ -13,10 +13,8 @@ from torch import Tensor
 from model_fusion.merge.methods.base import Key, Method, NoParams, Sees, check_unit, register
 from model_fusion.merge.methods.blocks import BLOCK, parts, sizes
 from model_fusion.merge.methods.compiled import kernel
-from model_fusion.merge.methods.selection import Cut, Tally, cut_and_energy, halved
+from model_fusion.merge.methods.selection import LARGEST, Cut, Tally, cut_and_energy, halved
 from model_fusion.merge.methods.task_arithmetic import agreeing_, elected_sign, flip_
-
-_LARGEST = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _tally(spread: Tensor, tasks: Tensor, level: int) -> Tally:
         patterns, into = bits.numpy(), np.empty(bits.numel(), np.float32)
         sums = [
             [float(energy_of(task.numpy(), patterns, np.int32(low), np.int32(high), into)) for task in tasks]
-            for low, high in ((level + 1, _LARGEST), (level, level))
+            for low, high in ((level + 1, LARGEST), (level, level))
         ]
         return Tally(*kernel("counts")(patterns, np.int32(level)), *sums)
     # all bits set where a pattern is larger: the difference is then below zero

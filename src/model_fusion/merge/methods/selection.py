@@ -24,7 +24,7 @@ Bits = NDArray[np.int32]
 
 _SAMPLE = 1 << 14
 _SIGMAS = 3.5
-_LARGEST = 0x7FFFFFFF
+LARGEST = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _Search:
 
     def look(self, bits: Bits) -> None:
         """Count one block. A bracket of a single pattern needs no collecting."""
-        if self.high < _LARGEST:
+        if self.high < LARGEST:
             self.above += int(np.count_nonzero(bits > self.high))
         if self.low == self.high:
             self.inside.append(int(np.count_nonzero(bits == self.low)))
@@ -85,7 +85,7 @@ class _Search:
     def missed(self, k: int) -> _Search | None:
         """Where to look next; None when the k-th largest is inside."""
         if k <= self.above:
-            return _Search(self.high + 1, _LARGEST)
+            return _Search(self.high + 1, LARGEST)
         return _Search(0, self.low - 1) if k > self.above + sum(self.inside) else None
 
 
@@ -147,19 +147,23 @@ def cut_and_energy(
 
     One pass where ties are so many that the sample knows the level of the cut; else `cuts` finds it first.
     """
-    count = sum(sizes)
-    guess = _guess(_sample(lambda i, step: blocks(i, step)[0], sizes), share, count)
-    level = guess.low if guess.low == guess.high else None
-    while True:
-        sure = level is None
-        if level is None:
-            cut = cuts(lambda i, step: blocks(i, step)[0], sizes, [share])[0]
-            level = int(np.float32(cut.threshold).view(np.int32))
+
+    def values(i: int, step: int) -> Tensor:
+        return blocks(i, step)[0]
+
+    def tallied(level: int) -> tuple[list[Tally], int]:
+        """Every block beside the level, and how many of its ties are kept."""
         seen = [tally(*blocks(i, 1), level) for i in range(len(sizes))]
-        rest = int(share * sum(one.nonzero for one in seen)) - sum(one.above for one in seen)
-        if sure or 0 < rest <= sum(one.ties for one in seen):
-            return _keep_first(blocks, sizes, seen, level, rest)
-        level = None
+        return seen, int(share * sum(one.nonzero for one in seen)) - sum(one.above for one in seen)
+
+    guess = _guess(_sample(values, sizes), share, sum(sizes))
+    if guess.low == guess.high:
+        seen, rest = tallied(guess.low)
+        if 0 < rest <= sum(one.ties for one in seen):
+            return _keep_first(blocks, sizes, seen, guess.low, rest)
+    level = int(np.float32(cuts(values, sizes, [share])[0].threshold).view(np.int32))
+    seen, rest = tallied(level)
+    return _keep_first(blocks, sizes, seen, level, rest)
 
 
 def _keep_first(
@@ -184,6 +188,7 @@ def _keep_first(
 
 
 SERIAL = 1 << 10
+"""So few numbers are summed one by one."""
 
 
 def halved(rows: Tensor) -> list[float]:
@@ -212,7 +217,7 @@ def _guess(sample: Bits, wanted: int | float, total: int) -> _Search:
     share = wanted * np.count_nonzero(sample) / n if isinstance(wanted, float) else wanted / total
     margin = _SIGMAS * math.sqrt(n * max(share * (1 - share), 1 / n)) if n < total else 1.0
     first, last = math.floor(share * n - margin), math.ceil(share * n + margin)
-    return _Search(int(sample[last]) if last < n else 0, int(sample[first]) if first >= 0 else _LARGEST)
+    return _Search(int(sample[last]) if last < n else 0, int(sample[first]) if first >= 0 else LARGEST)
 
 
 def _settle(blocks: Blocks, sizes: list[int], search: _Search, rest: int) -> Cut:
